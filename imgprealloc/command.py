@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that starts a program and turns its failure into our errors.
+
+What the programs are and what they are asked is in qemu_img, fallocate and
+replacement.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from oslo_concurrency import processutils
+
+from imgprealloc import exceptions
+
+# Neither qemu-img nor fallocate(1) tells these two by its exit status, and
+# both print strerror(3): under LC_ALL=C this is all that there is to go by.
+_NO_SPACE = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def run(
+    path: str,
+    *argv: str,
+    limits: processutils.ProcessLimits | None = None,
+    exit_codes: Sequence[int] = (0,),
+) -> str:
+    """Run a program that works on the disk at path, and return what it printed.
+
+    :param path: the disk, for the error's text
+    :param limits: oslo.concurrency's ProcessLimits to run under
+    :param exit_codes: the exit statuses that are no failure
+    :raises: NoSpace, QemuImgMissing, QemuImgKilled, CommandFailed
+    """
+    try:
+        stdout, _ = processutils.execute(
+            *argv,
+            check_exit_code=list(exit_codes),
+            env_variables={**os.environ, "LC_ALL": "C"},
+            prlimit=limits,
+        )
+    except OSError as exc:
+        raise exceptions.QemuImgMissing(
+            path,
+            f"{argv[0]} could not be started: {exc.strerror}",
+            f"Install {argv[0]} (Debian: qemu-utils, util-linux, coreutils).",
+        ) from exc
+    except processutils.ProcessExecutionError as exc:
+        raise _failure(path, argv, limits, exc) from exc
+    return str(stdout)
+
+
+def _failure(
+    path: str,
+    argv: Sequence[str],
+    limits: processutils.ProcessLimits | None,
+    exc: processutils.ProcessExecutionError,
+) -> exceptions.PreallocationError:
+    said = (exc.stderr or "").strip()
+    status = int(exc.exit_code or 0)
+    # Under limits the program is started by oslo.concurrency's wrapper, which
+    # answers 127 where the program is missing.
+    if limits is not None and status == 127:
+        return exceptions.QemuImgMissing(
+            path, f"{argv[0]} could not be started: {said}", f"Install {argv[0]} (Debian: qemu-utils)."
+        )
+    if limits is not None and status < 0:
+        return exceptions.QemuImgKilled(
+            path,
+            f"{' '.join(argv[:2])} was ended by signal {-status} under its limits of "
+            f"{limits.cpu_time} s of CPU time and {limits.address_space} bytes of memory",
+            "The image may be damaged or made to exhaust the host; look at it on another machine.",
+        )
+    failed = exceptions.CommandFailed
+    remedy = "The disk is as it was; see the message and try again."
+    if any(text in said for text in _NO_SPACE):
+        failed = exceptions.NoSpace
+        remedy = "Free space on the filesystem or raise the quota, or build on another host."
+    return failed(
+        path,
+        f"{' '.join(argv[:2])} failed with status {status}: {said}",
+        remedy,
+        cmd=str(exc.cmd),
+        exit_code=status,
+        stdout=exc.stdout,
+        stderr=exc.stderr,
+    )

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as one shallow tree.
+
+Every error names the disk, says what was found, and tells the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from oslo_concurrency import processutils
+
+
+class PreallocationError(Exception):
+    """A disk could not be read or preallocated; the base of all our errors.
+
+    :param path: the disk's file
+    :param reason: what was found, without a full stop
+    :param remedy: what to do next, as a sentence
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.path = os.fspath(path)
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}. {self.remedy}"
+
+
+class DiskNotFound(PreallocationError):
+    """There is no regular file at the path."""
+
+
+class DiskExists(PreallocationError):
+    """A file is in the way of a disk that was to be created."""
+
+
+class InvalidSize(PreallocationError):
+    """The size asked for cannot be had: not positive, or smaller than the disk."""
+
+
+class ImageInUse(PreallocationError):
+    """Another process has the image open for writing, or is replacing it."""
+
+
+class UnsupportedFormat(PreallocationError):
+    """The image's format, or a feature of it, cannot be preallocated."""
+
+
+class FormatMismatch(UnsupportedFormat):
+    """The file is not in the format that the caller named."""
+
+
+class BrokenImage(PreallocationError):
+    """qemu-img finds the image corrupt, or says something unreadable of it."""
+
+
+class UnsupportedFilesystem(PreallocationError):
+    """The filesystem cannot hold space, and on_unsupported is "error"."""
+
+
+class QemuImgMissing(PreallocationError):
+    """qemu-img, or another program that is needed, is not installed."""
+
+
+class QemuImgTooOld(PreallocationError):
+    """This qemu-img cannot do what was asked."""
+
+
+class QemuImgKilled(PreallocationError):
+    """qemu-img reached its limit of CPU time or memory.
+
+    An image that a guest has written can be made so that reading it takes
+    forever (CVE-2015-5162); the limits are there for that.
+    """
+
+
+class NotPreallocated(PreallocationError):
+    """The disk, read again afterwards, is not what was promised.
+
+    :param image: the DiskImage that was found
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str, image: Any) -> None:
+        super().__init__(path, reason, remedy)
+        self.image = image
+
+
+class CommandFailed(PreallocationError, processutils.ProcessExecutionError):
+    """A program ended with an error.
+
+    It is a ProcessExecutionError too, because that is what Nova expects of a
+    failed build before it tries the next host.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        reason: str,
+        remedy: str,
+        *,
+        cmd: str | None = None,
+        exit_code: int | None = None,
+        stdout: str | None = None,
+        stderr: str | None = None,
+    ) -> None:
+        PreallocationError.__init__(self, path, reason, remedy)
+        self.cmd = cmd
+        self.exit_code = exit_code
+        self.stdout = stdout
+        self.stderr = stderr
+        self.description = reason
+
+    __str__ = PreallocationError.__str__
+
+
+class NoSpace(CommandFailed):
+    """The filesystem, or a quota on it, has not the space that was asked for."""

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Space inside a file: fallocate(1), the kernel's extent map, dd for zeros.
+
+Calls that may take long run in a process of their own: under eventlet a
+system call in ours would stop every other thread of nova-compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+
+from imgprealloc import command
+
+# linux/falloc.h
+_KEEP_SIZE = 0x01
+_UNSHARE_RANGE = 0x40
+
+# linux/fiemap.h
+_FS_IOC_FIEMAP = 0xC020660B
+_FIEMAP = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
+_FIEMAP_MAX_LENGTH = 2**64 - 1
+_EXTENT_LAST = 0x0001
+_EXTENT_UNWRITTEN = 0x0800
+_EXTENT_SHARED = 0x2000
+_EXTENTS_A_CALL = 512
+
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A stretch of a file, in bytes, that the filesystem has set aside."""
+
+    start: int
+    length: int
+    written: bool = True
+    shared: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+def reserve(path: str, start: int, length: int) -> None:
+    """Set aside space for a stretch of a file, also past its end; fill holes only.
+
+    Neither the file's length nor its content changes, so that it is safe while
+    a guest runs.
+
+    :raises: NoSpace, CommandFailed
+    """
+    command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), path)
+
+
+def write_zeros(path: str) -> None:
+    """Write zeros over all that is a hole, or set aside but not written yet.
+
+    The caller sees to it that nobody else writes meanwhile.
+
+    :raises: NoSpace, CommandFailed
+    """
+    for hole in _holes(path):
+        command.run(
+            path, "dd", "if=/dev/zero", f"of={path}", "bs=1M", f"count={hole.length}", f"seek={hole.start}",
+            "iflag=count_bytes", "oflag=seek_bytes", "conv=notrunc,nocreat,fdatasync", "status=none",
+        )  # fmt: skip
+
+
+def unshare(path: str, shared: Iterable[Extent]) -> None:
+    """Give the file its own copy of stretches that it shares with other files.
+
+    :raises: NoSpace, CommandFailed
+    """
+    stretches = [f"{extent.start}:{extent.length}" for extent in shared]
+    # In batches, because a command line ends at 128 KiB a word and 2 MiB.
+    for first in range(0, len(stretches), 1000):
+        command.run(path, sys.executable, "-m", __name__, path, *stretches[first : first + 1000])
+
+
+def extents(path: str) -> list[Extent] | None:
+    """Return what the filesystem has set aside for a file, also past its end.
+
+    :returns: None where the filesystem cannot tell (tmpfs, NFS)
+    """
+    with open(path, "rb") as file:
+        try:
+            return list(_fiemap(file.fileno()))
+        except OSError as exc:
+            if exc.errno in _NOT_SUPPORTED:
+                return None
+            raise
+
+
+def _fiemap(fd: int) -> Iterator[Extent]:
+    start = 0
+    while True:
+        # Without FIEMAP_FLAG_SYNC, which would wait for the writes of a guest:
+        # delayed allocations are listed too, and count as set aside.
+        buffer = bytearray(_FIEMAP.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
+        _FIEMAP.pack_into(buffer, 0, start, _FIEMAP_MAX_LENGTH - start, 0, 0, _EXTENTS_A_CALL, 0)
+        fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
+        found = _FIEMAP.unpack_from(buffer)[3]
+        flags = _EXTENT_LAST
+        for number in range(found):
+            offset = _FIEMAP.size + number * _FIEMAP_EXTENT.size
+            logical, _, length, _, _, flags, _, _, _ = _FIEMAP_EXTENT.unpack_from(buffer, offset)
+            yield Extent(logical, length, not flags & _EXTENT_UNWRITTEN, bool(flags & _EXTENT_SHARED))
+            start = logical + length
+        if flags & _EXTENT_LAST:
+            return
+
+
+def held(found: Iterable[Extent], end: int) -> int:
+    """Count the bytes before end that are set aside."""
+    return sum(max(0, min(extent.end, end) - extent.start) for extent in found)
+
+
+def _holes(path: str) -> list[Extent]:
+    """List what reads as zeros without having been written.
+
+    By lseek(2) and not by the extent map, which calls data unwritten that is
+    still in the page cache: zeros over that would destroy it.
+    """
+    found: list[Extent] = []
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        start = os.lseek(file.fileno(), 0, os.SEEK_HOLE) if end else end
+        while start < end:
+            try:
+                data = os.lseek(file.fileno(), start, os.SEEK_DATA)
+            except OSError as exc:
+                if exc.errno != errno.ENXIO:
+                    raise
+                data = end
+            found.append(Extent(start, data - start, written=False))
+            start = os.lseek(file.fileno(), data, os.SEEK_HOLE) if data < end else end
+    return found
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def supported(fd: int, length: int) -> bool:
+    """Try fallocate(2) on an empty file, and say whether it really holds space.
+
+    A filesystem may answer success and set nothing aside (ZFS does), so that
+    only st_blocks tells.
+    """
+    try:
+        _fallocate(fd, _KEEP_SIZE, 0, length)
+    except OSError as exc:
+        if exc.errno in _NOT_SUPPORTED:
+            return False
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        raise
+    return os.fstat(fd).st_blocks * 512 >= length
+
+
+def _main(path: str, *stretches: str) -> int:
+    """Unshare START:LENGTH stretches of a file; the process behind unshare()."""
+    with open(path, "r+b") as file:
+        for stretch in stretches:
+            start, length = map(int, stretch.split(":"))
+            try:
+                _fallocate(file.fileno(), _UNSHARE_RANGE, start, length)
+            except OSError as exc:
+                print(f"{path}: {exc.strerror}", file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

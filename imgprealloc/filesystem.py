@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the filesystem under a path can promise. How a disk is laid out on it is not here."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import fcntl
+import os
+import tempfile
+
+import psutil
+from oslo_utils import units
+
+from imgprealloc import fallocate
+
+# Each overwrite goes to a new place, so that allocated space is no promise.
+_COPY_ON_WRITE = frozenset({"btrfs", "bcachefs", "zfs"})
+
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_NOCOW_FL = 0x00800000
+
+
+@dataclasses.dataclass(frozen=True)
+class Filesystem:
+    """A mounted filesystem.
+
+    :param type: as in /proc/mounts
+    :param fallocate: whether fallocate(2) works there and really holds space
+    :param copy_on_write: whether an overwrite takes new space, unless nocow
+        is set on the file
+    """
+
+    type: str
+    fallocate: bool
+    copy_on_write: bool
+
+
+def under(directory: str) -> Filesystem:
+    """Look at the filesystem under a directory, with a nameless file of 1 MiB made for it."""
+    with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
+        can = fallocate.supported(probe.fileno(), units.Mi)
+    kind = _type(directory)
+    # ZFS is the only one here that has no nocow to ask for.
+    return Filesystem(kind, can and kind != "zfs", kind in _COPY_ON_WRITE)
+
+
+def copies_on_write(path: str) -> bool:
+    """Whether each overwrite of this file takes new space."""
+    if _type(path) not in _COPY_ON_WRITE:
+        return False
+    flags = array.array("l", [0])
+    with open(path, "rb") as file:
+        try:
+            fcntl.ioctl(file.fileno(), _FS_IOC_GETFLAGS, flags)
+        except OSError:
+            return True
+    return not flags[0] & _FS_NOCOW_FL
+
+
+def available(directory: str) -> int:
+    """Return the bytes that this process may still take from the filesystem."""
+    space = os.statvfs(directory)
+    blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
+    return blocks * space.f_frsize
+
+
+def _type(path: str) -> str:
+    """Return the type of the filesystem that holds path, by its mount point."""
+    mounts: dict[str, str] = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    directory = os.path.realpath(path)
+    while directory not in mounts and directory != "/":
+        directory = os.path.dirname(directory)
+    return mounts.get(directory, "unknown")

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a disk file is, as values. Nothing here reads or changes a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Optional
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskImage:
+    """A disk image file as it stood when it was read. Sizes are bytes.
+
+    :param path: the file, as the caller named it
+    :param format: "raw" or "qcow2"
+    :param virtual_size: what the guest sees
+    :param file_size: the file's length
+    :param allocated_size: st_blocks * 512; on a filesystem with reflinks and
+        beyond the file's end this says less than it seems to
+    :param worst_case_size: the length that the file may grow to
+    :param held_size: how much of worst_case_size the filesystem has set aside
+        for this file, shared or not
+    :param shared_bytes: how much of held_size belongs to another file too
+    :param copy_on_write: whether each overwrite takes new space (btrfs
+        without nocow, ZFS)
+    :param in_use: whether QEMU had it open for writing
+    :param backing_file: exactly as the header has it
+    :param clusters: of the whole virtual size; None where the format has no
+        cluster map
+    :param mapped_clusters: those that a write need not allocate
+    :param fragmented_clusters: those that do not follow their predecessor
+    :param compressed_clusters: those that move when they are written
+    :param image_end: where the last cluster in use ends
+    :param modified: the file's mtime in nanoseconds
+    :param snapshots: internal snapshots, each of which makes mapped clusters
+        copy on write again
+    """
+
+    path: str
+    format: str
+    virtual_size: int
+    file_size: int
+    allocated_size: int
+    worst_case_size: int
+    held_size: int
+    shared_bytes: int
+    copy_on_write: bool
+    modified: int
+    in_use: bool = False
+    backing_file: Optional[str] = None
+    backing_format: Optional[str] = None
+    full_backing_file: Optional[str] = None
+    cluster_size: Optional[int] = None
+    extended_l2: bool = False
+    clusters: Optional[int] = None
+    mapped_clusters: Optional[int] = None
+    fragmented_clusters: Optional[int] = None
+    compressed_clusters: int = 0
+    image_end: int = 0
+    snapshots: int = 0
+    bitmaps: int = 0
+
+    @property
+    def mapped(self) -> bool:
+        """Whether no write by the guest allocates a cluster."""
+        return self.clusters == self.mapped_clusters and not self.snapshots
+
+    @property
+    def held(self) -> bool:
+        """Whether the filesystem has set aside all that the guest may write."""
+        return self.shortfall == 0
+
+    @property
+    def state(self) -> str:
+        """One of thin, reserved, mapped, preallocated.
+
+        raw has no map, and so is thin or preallocated.
+        """
+        if self.mapped:
+            if self.held:
+                return "preallocated"
+            return "thin" if self.clusters is None else "mapped"
+        return "reserved" if self.held else "thin"
+
+    @property
+    def shortfall(self) -> int:
+        """Bytes that the filesystem may still be asked for, in the worst case."""
+        if self.copy_on_write:
+            return self.worst_case_size
+        return self.worst_case_size - self.held_size + self.shared_bytes

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's libvirt driver with preallocating disks; nothing else here imports Nova.
+
+Nova's own code runs first everywhere, with all its checks, and is asked to
+leave out its one fallocate. To be imported only once Nova has read its
+configuration, because imagebackend reads options as it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from nova.compute import utils as compute_utils
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import imagebackend
+from oslo_config import cfg
+from oslo_log import log as logging
+from oslo_utils import fileutils
+
+from imgprealloc import exceptions
+from imgprealloc import opts
+from imgprealloc import reading
+from imgprealloc import terms
+from imgprealloc.image import DiskImage
+
+CONF = cfg.CONF
+LOG = logging.getLogger(__name__)
+
+MODE_EXTRA_SPEC = "imgprealloc:mode"
+
+# Root, ephemeral and swap disks. Not kernel and ramdisk, config drives, rescue
+# disks, nor what is yet to be invented.
+_INSTANCE_DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
+
+# virtio and SATA disks count in sectors of this many bytes.
+_SECTOR = 512
+
+# What libvirt accepts beside io=native.
+_DIRECT_CACHE_MODES = ("none", "directsync")
+
+
+def preallocating(backends: dict[str, type]) -> dict[str, type]:
+    """Return Nova's dict of image backends with those that are files replaced.
+
+    :param backends: as nova.virt.libvirt.imagebackend.Backend makes it
+    """
+    opts.register(CONF)
+    ours = {imagebackend.Flat: Flat, imagebackend.Qcow2: Qcow2}
+    return {name: ours.get(backend, backend) for name, backend in backends.items()}
+
+
+class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
+    """Nova's libvirt driver, for compute_driver = imgprealloc.LibvirtDriver."""
+
+    def __init__(self, virtapi: Any, read_only: bool = False) -> None:
+        super().__init__(virtapi, read_only)
+        self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
+
+
+class _Preallocating:
+    """What Flat and Qcow2 have in common; stands before Nova's class among the bases."""
+
+    def __init__(
+        self,
+        instance: Any = None,
+        disk_name: str | None = None,
+        path: str | None = None,
+        disk_info_mapping: Any = None,
+    ) -> None:
+        super().__init__(instance, disk_name, path, disk_info_mapping)  # type: ignore[call-arg]
+        self._instance = instance
+        # Whether cache() has found the disk there already.
+        self._existed = False
+
+    @property
+    def _is_ours(self) -> bool:
+        return self.preallocate and bool(_INSTANCE_DISK.fullmatch(os.path.basename(self.path)))
+
+    def cache(self, fetch_func: Any, filename: str, size: int | None = None, *args: Any, **kwargs: Any) -> None:
+        """Let Nova make the disk or find it there, then preallocate it."""
+        if not self._is_ours:
+            return super().cache(fetch_func, filename, size, *args, **kwargs)  # type: ignore[misc]
+        self._existed = self.exists()
+        super().cache(fetch_func, filename, size, *args, **kwargs)  # type: ignore[misc]
+        # Not under the lock of the base image, on which all builds from that
+        # image would wait.
+        with compute_utils.disk_ops_semaphore:
+            if self._existed:
+                self._heal()
+            else:
+                with fileutils.remove_path_on_error(self.path):
+                    self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
+        return None
+
+    def resize_image(self, size: int) -> None:
+        """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
+        if self._is_ours and self._existed and self.driver_format == "qcow2":
+            if reading.virtual_size(self.path, self.driver_format) >= size:
+                return
+            try:
+                # The last sector is left to Nova, which then also grows the
+                # filesystem inside, if it is told to.
+                self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
+            except exceptions.NoSpace:
+                raise
+            except exceptions.PreallocationError as exc:
+                terms.warn_once(self.path, f"grown without preallocation: {exc}")
+        super().resize_image(size)  # type: ignore[misc]
+
+    def _can_fallocate(self) -> bool:
+        """Keep Nova's cache() from its own fallocate."""
+        return False
+
+    def _heal(self) -> None:
+        """Preallocate a disk that may have data; a guest that can start has to start."""
+        if not os.access(self.path, os.W_OK):
+            LOG.debug("%s: left as it is, because it is not ours to write", self.path)
+            return
+        rewrite = CONF.imgprealloc.existing_disks == "rewrite"
+        try:
+            self._preallocator().preallocate(self.path, rewrite=rewrite, format=self.driver_format)
+        except exceptions.NoSpace:
+            # As with stock Nova: a start that could not have its space fails.
+            raise
+        except exceptions.PreallocationError as exc:
+            terms.warn_once(self.path, f"not preallocated: {exc}")
+
+    def _preallocator(self) -> Any:
+        flavor = getattr(self._instance, "flavor", None)
+        extra_specs = getattr(flavor, "extra_specs", None) or {}
+        return opts.preallocator_from(CONF, extra_specs.get(MODE_EXTRA_SPEC))
+
+    def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
+        """Describe the disk to libvirt, by what its space is really worth."""
+        config = super().libvirt_info(cache_mode, *args, **kwargs)  # type: ignore[misc]
+        if not self._is_ours or not self.exists():
+            return config
+        state = self._state()
+        if state not in ("reserved", "preallocated") or cache_mode not in _DIRECT_CACHE_MODES:
+            # A write that has to allocate would stop QEMU's whole event loop.
+            config.driver_io = None
+        if state != "thin" and config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard:
+            config.driver_discard = "ignore"
+            terms.warn_once(
+                "[libvirt] hw_disk_discard = unmap",
+                "preallocated disks ignore it, because a TRIM would give their space back; "
+                "set [imgprealloc] protect_from_discard to change that",
+            )
+        return config
+
+    def _state(self) -> str:
+        try:
+            image: DiskImage = self._preallocator().inspect(self.path, format=self.driver_format)
+        except exceptions.PreallocationError as exc:
+            LOG.debug("%s: taken for thin: %s", self.path, exc)
+            return "thin"
+        return image.state
+
+
+class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
+    """Nova's Flat backend: a whole copy of the image, raw or qcow2.
+
+    Its growth needs nothing of ours where it is raw: Nova makes a hole, and
+    the end of cache() fills it.
+    """
+
+
+class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
+    """Nova's Qcow2 backend: an overlay over the cached image."""

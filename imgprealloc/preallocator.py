@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy: what to do to a disk so that its guest never waits for space.
+
+Preallocator has the verbs and what all formats share: looking first, choosing
+a treatment, reading the disk again, keeping the promise or saying so. Its
+subclasses know one format each. How a disk is read is in reading, what its
+filesystem can promise in terms, how programs are called in qemu_img and
+fallocate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import ClassVar, Optional
+
+from oslo_log import log as logging
+from oslo_utils import units
+
+from imgprealloc import exceptions
+from imgprealloc import fallocate
+from imgprealloc import lock
+from imgprealloc import qemu_img
+from imgprealloc import reading
+from imgprealloc import replacement
+from imgprealloc import terms
+from imgprealloc.image import DiskImage
+from imgprealloc.terms import Terms
+
+LOG = logging.getLogger(__name__)
+
+# 4 KiB subclusters, so that a guest's 4 KiB write copies nothing from the base.
+OVERLAY_CLUSTER_SIZE = 128 * units.Ki
+_LEAST_OVERLAY_CLUSTER_SIZE = 16 * units.Ki
+_GREATEST_CLUSTER_SIZE = 2 * units.Mi
+
+# raw has no metadata, and qemu-img refuses the word for it.
+_RAW_PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Treatment:
+    """What to run on a disk, and the states that it may have afterwards."""
+
+    run: Callable[[], None]
+    states: tuple[str, ...]
+
+
+class Preallocator:
+    """Create, preallocate and grow disks in one mode, whatever their format.
+
+    The format is the caller's where the verb gets one, and else what
+    qemu-img info finds. A subclass is a Preallocator for its one format.
+
+    :param mode: qemu-img's word: "falloc" holds space, "full" writes it,
+        "metadata" only maps the clusters and holds nothing
+    :param on_unsupported: instead of mode falloc, where the filesystem has no
+        fallocate: "metadata", "full" or "error"
+    :param overlay_cluster_size: bytes, for overlays that are made anew
+    :raises: ValueError for a mode, a fallback or a cluster size there is not
+    """
+
+    format: ClassVar[Optional[str]] = None
+
+    def __init__(
+        self,
+        mode: str = "falloc",
+        *,
+        on_unsupported: str = "metadata",
+        overlay_cluster_size: int = OVERLAY_CLUSTER_SIZE,
+    ) -> None:
+        if mode not in terms.MODES:
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(terms.MODES)}")
+        if on_unsupported not in terms.ON_UNSUPPORTED:
+            raise ValueError(f"on_unsupported {on_unsupported!r} is not one of {', '.join(terms.ON_UNSUPPORTED)}")
+        in_range = _LEAST_OVERLAY_CLUSTER_SIZE <= overlay_cluster_size <= _GREATEST_CLUSTER_SIZE
+        if not in_range or overlay_cluster_size & (overlay_cluster_size - 1):
+            raise ValueError(f"overlay_cluster_size {overlay_cluster_size} is not a power of two from 16 KiB to 2 MiB")
+        self.mode = mode
+        self.on_unsupported = on_unsupported
+        self.overlay_cluster_size = overlay_cluster_size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.mode!r})"
+
+    def inspect(self, path: str | os.PathLike[str], *, format: str | None = None) -> DiskImage:
+        """Read a disk, also one in use; nothing is written.
+
+        :raises: DiskNotFound, UnsupportedFormat, FormatMismatch, BrokenImage,
+            QemuImgMissing, QemuImgKilled
+        """
+        path = os.fspath(path)
+        return self._of(path, format or self.format or reading.detected_format(path))._read(path)
+
+    def create(
+        self,
+        path: str | os.PathLike[str],
+        size: int,
+        backing: str | None = None,
+        *,
+        format: str | None = None,
+        backing_format: str | None = None,
+    ) -> DiskImage:
+        """Create a new preallocated disk, qcow2 unless told otherwise.
+
+        :param size: virtual size in bytes
+        :param backing: the backing file, absolute or relative to path's folder
+        :param backing_format: its format; detected if not given
+        :raises: DiskExists, InvalidSize, NoSpace, and what inspect() raises
+        """
+        path = os.fspath(path)
+        strategy = self._of(path, format or self.format or Qcow2Preallocator.format)
+        _check_size(path, size)
+        if os.path.lexists(path):
+            raise exceptions.DiskExists(path, "there is a file already", "Remove it, or choose another path.")
+        started = time.monotonic()
+        offer = terms.offered(path, self.mode, self.on_unsupported)
+        strategy._make(os.path.abspath(path), size, offer, backing, backing_format)
+        return strategy._promised(path, offer, offer.states, None, started)
+
+    def preallocate(
+        self, path: str | os.PathLike[str], rewrite: bool = False, *, format: str | None = None
+    ) -> DiskImage:
+        """Preallocate a disk that exists; what the guest reads never changes.
+
+        A second call runs nothing that writes.
+
+        :param rewrite: whether a disk with data may be copied into a
+            preallocated one; else the space for its worst case is reserved
+        :raises: ImageInUse, NoSpace, NotPreallocated, and what inspect() raises
+        """
+        path = os.fspath(path)
+        started = time.monotonic()
+        named = format or self.format
+        strategy = self._of(path, named or reading.detected_format(path))
+        before = strategy._read(path)
+        if strategy._is_done(before, self.mode):
+            LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
+            return before
+        offer = terms.offered(path, self.mode, self.on_unsupported)
+        treatment = strategy._treatment(before, offer, rewrite=rewrite, certain=named is not None)
+        if treatment is None:
+            LOG.debug("%s: left %s in mode %s", path, before.state, offer.mode)
+            return before
+        treatment.run()
+        return strategy._promised(path, offer, treatment.states, before, started)
+
+    def resize(self, path: str | os.PathLike[str], size: int, *, format: str | None = None) -> DiskImage:
+        """Grow a disk; the new part is preallocated too, the old one is as it was.
+
+        :param size: the new virtual size in bytes
+        :raises: InvalidSize, ImageInUse, NoSpace, NotPreallocated, and what
+            inspect() raises
+        """
+        path = os.fspath(path)
+        started = time.monotonic()
+        strategy = self._of(path, format or self.format or reading.detected_format(path))
+        before = strategy._read(path)
+        _check_size(path, size)
+        if size <= before.virtual_size:
+            raise exceptions.InvalidSize(
+                path,
+                f"{size} bytes are not more than the {before.virtual_size} that it has",
+                "A disk can only grow; shrinking would cut off data.",
+            )
+        offer = terms.offered(path, self.mode, self.on_unsupported)
+        lock.refuse_writer(path)
+        strategy._grow(before, size, offer)
+        kept = offer.states if before.state == "preallocated" else (before.state, *offer.states)
+        return strategy._promised(path, offer, kept, before, started)
+
+    # What each format answers for itself.
+
+    def _read(self, path: str) -> DiskImage:
+        raise NotImplementedError
+
+    def _is_done(self, image: DiskImage, mode: str) -> bool:
+        """Whether a disk has all that the mode can give it."""
+        raise NotImplementedError
+
+    def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
+        """Choose the first treatment that fits; None where nothing can be done.
+
+        :param certain: whether the format is the caller's word, not a guess
+        """
+        raise NotImplementedError
+
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+        """Create a preallocated disk at path, over whatever is there."""
+        raise NotImplementedError
+
+    def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
+        """Grow a disk, the new part preallocated."""
+        raise NotImplementedError
+
+    # What they share.
+
+    def _of(self, path: str, format: str | None) -> Preallocator:
+        """Return the strategy for a format, configured like this one."""
+        if format not in FORMATS or self.format not in (None, format):
+            expected = self.format or " or ".join(FORMATS)
+            raise exceptions.UnsupportedFormat(
+                path, f"its format is {format}, not {expected}", "Convert it with qemu-img convert first."
+            )
+        if self.format == format:
+            return self
+        return FORMATS[format](
+            self.mode, on_unsupported=self.on_unsupported, overlay_cluster_size=self.overlay_cluster_size
+        )
+
+    def _promised(
+        self, path: str, offer: Terms, states: tuple[str, ...], before: DiskImage | None, started: float
+    ) -> DiskImage:
+        """Read a disk again, and compare it with what was promised.
+
+        :raises: NotPreallocated
+        """
+        after = self._read(path)
+        LOG.info(
+            "%s: mode %s, %s before, %s now, %.2f s",
+            path,
+            offer.mode,
+            before.state if before else "absent",
+            after.state,
+            time.monotonic() - started,
+        )
+        if after.state in states or self._is_done(after, offer.mode):
+            return after
+        short = f"mode {offer.mode} left it {after.state}, {after.shortfall} bytes short"
+        if offer.holds_space:
+            raise exceptions.NotPreallocated(
+                path, short, "The filesystem does not keep what it promises; see imgprealloc show.", after
+            )
+        terms.warn_once(path, short)
+        return after
+
+
+class RawPreallocator(Preallocator):
+    """raw: the file is the disk, byte for byte, and has no map."""
+
+    format = "raw"
+
+    def _read(self, path: str) -> DiskImage:
+        return reading.raw(path)
+
+    def _is_done(self, image: DiskImage, mode: str) -> bool:
+        return mode == "metadata" or image.held
+
+    def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
+        if self._is_done(image, offer.mode):
+            return None
+        if not image.copy_on_write:
+            return Treatment(lambda: self._hold(image, offer), offer.states)
+        if not offer.nocow:
+            return None
+        if not rewrite:
+            raise _copied_on_write(image.path)
+        return Treatment(lambda: self._copy(image, offer), offer.states)
+
+    def _hold(self, image: DiskImage, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        if offer.mode == "full":
+            terms.require_space(path, image.shortfall)
+            _unshare(path)
+            _write_zeros(path)
+        _hold(image, image.file_size, offer)
+
+    def _copy(self, image: DiskImage, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        terms.require_space(path, image.virtual_size)
+        with replacement.new_disk(path) as new:
+            _refuse_changed(image)
+            qemu_img.convert(path, new, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
+
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+        if backing is not None:
+            raise exceptions.UnsupportedFormat(path, "a raw disk has no backing file", "Create it as qcow2.")
+        if offer.mode != "metadata":
+            terms.require_space(path, size)
+        with replacement.new_disk(path) as new:
+            qemu_img.create(new, size, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
+
+    def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        if offer.mode != "metadata":
+            terms.require_space(path, size - image.virtual_size)
+        qemu_img.resize(path, size, "raw", _RAW_PREALLOCATION[offer.mode])
+
+
+class Qcow2Preallocator(Preallocator):
+    """qcow2: clusters, found by a map that has to be filled before the guest needs it."""
+
+    format = "qcow2"
+
+    def _read(self, path: str) -> DiskImage:
+        return reading.qcow2(path)
+
+    def _is_done(self, image: DiskImage, mode: str) -> bool:
+        return image.mapped if mode == "metadata" else image.state == "preallocated"
+
+    def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
+        if self._is_done(image, offer.mode):
+            return None
+        if image.mapped and not image.copy_on_write:
+            return Treatment(lambda: _hold(image, image.file_size, offer), offer.states)
+        if image.mapped and not offer.nocow:
+            return None
+        base_size = self._base_size(image)
+        empty = self._is_empty(image, base_size)
+        if empty or rewrite:
+            obstacle = self._obstacle(image, certain)
+            if obstacle is None and empty:
+                return Treatment(lambda: self._recreate(image, base_size, offer), offer.states)
+            if obstacle is None:
+                return Treatment(lambda: self._rewrite(image, offer), offer.states)
+            terms.warn_once(image.path, f"{obstacle}; at the most its space is reserved")
+        if not offer.holds_space:
+            return None
+        if image.copy_on_write:
+            raise _copied_on_write(image.path)
+        if image.held:
+            return None
+        return Treatment(lambda: _hold(image, image.worst_case_size, offer), ("reserved", "preallocated"))
+
+    @staticmethod
+    def _base_size(image: DiskImage) -> int | None:
+        """Return the virtual size of the backing file, where a disk without data needs it."""
+        if image.full_backing_file is None or image.mapped_clusters:
+            return None
+        return reading.virtual_size(image.full_backing_file, image.backing_format)
+
+    @staticmethod
+    def _is_empty(image: DiskImage, base_size: int | None) -> bool:
+        """Whether a new disk would read the same."""
+        if image.mapped_clusters or image.compressed_clusters or image.snapshots:
+            return False
+        return base_size is None or not reading.hides_base(image, base_size)
+
+    @staticmethod
+    def _obstacle(image: DiskImage, certain: bool) -> str | None:
+        """Say why the disk cannot be replaced by a new one, if it cannot."""
+        if image.snapshots:
+            return "it has internal snapshots, which a new disk would lose"
+        if image.bitmaps:
+            return "it has dirty bitmaps, which a new disk would lose"
+        if image.backing_file is not None and image.backing_format is None:
+            return "its header does not name its backing file's format"
+        if image.backing_file is not None and qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+            return "this qemu-img cannot preallocate an overlay (5.2 or later can)"
+        if not certain and image.file_size > _round_up(image.image_end, image.cluster_size or 1):
+            return "it has bytes after the end of the image, and may be a raw disk that a guest wrote a header to"
+        return None
+
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+        if backing is None:
+            self._write(path, size, offer, self._options(offer))
+            return
+        if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+            raise exceptions.QemuImgTooOld(
+                path, "this qemu-img cannot preallocate an overlay", "Install QEMU 5.2 or later."
+            )
+        base = os.path.join(os.path.dirname(path), backing)
+        backing_format = backing_format or reading.detected_format(base)
+        base_size = reading.virtual_size(base, backing_format)
+        self._write(path, size, offer, self._overlay_options(offer), backing, backing_format, base_size)
+
+    def _recreate(self, image: DiskImage, base_size: int | None, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        if image.backing_file is None:
+            options = {**self._options(offer), "cluster_size": str(image.cluster_size)}
+            self._write(path, image.virtual_size, offer, options, replaced=image)
+            return
+        options = self._overlay_options(offer)
+        self._write(
+            path, image.virtual_size, offer, options, image.backing_file, image.backing_format, base_size, replaced=image
+        )
+
+    def _write(
+        self,
+        path: str,
+        size: int,
+        offer: Terms,
+        options: dict[str, str],
+        backing_file: str | None = None,
+        backing_format: str | None = None,
+        base_size: int | None = None,
+        *,
+        replaced: DiskImage | None = None,
+    ) -> None:
+        """Put a disk without data at path."""
+        self._require_space(path, size, offer, options)
+        first_size = size
+        if base_size is not None and offer.mode != "metadata":
+            # What lies beyond the base's end is made by growing. The cluster
+            # with the base's last bytes has to be there before: grown, it
+            # would read as zeros.
+            first_size = min(size, _round_up(max(base_size, 1), self.overlay_cluster_size))
+        with replacement.new_disk(path) as new:
+            if replaced is not None:
+                _refuse_changed(replaced)
+            qemu_img.create(
+                new, first_size, "qcow2", options, backing_file=backing_file, backing_format=backing_format
+            )
+            if first_size < size:
+                with replacement.zeros(path, size) as zeros:
+                    qemu_img.resize_over_zeros(new, size, zeros, offer.mode)
+            _fill(new, os.path.getsize(new), offer)
+
+    def _rewrite(self, image: DiskImage, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        options = self._options(offer) if image.backing_file is None else self._overlay_options(offer)
+        self._require_space(path, image.virtual_size, offer, options)
+        with replacement.new_disk(path) as new:
+            _refuse_changed(image)
+            qemu_img.convert(
+                path, new, "qcow2", options, backing_file=image.backing_file, backing_format=image.backing_format
+            )
+            _fill(new, os.path.getsize(new), offer)
+
+    def _options(self, offer: Terms) -> dict[str, str]:
+        return {**offer.nocow, "preallocation": offer.mode}
+
+    def _overlay_options(self, offer: Terms) -> dict[str, str]:
+        # Only subclusters can be mapped and still let the base show through.
+        # The base's own cluster size has no say in it.
+        return {**self._options(offer), "cluster_size": str(self.overlay_cluster_size), "extended_l2": "on"}
+
+    @staticmethod
+    def _require_space(path: str, size: int, offer: Terms, options: dict[str, str]) -> None:
+        if offer.mode != "metadata":
+            shape = {key: value for key, value in options.items() if key in ("cluster_size", "extended_l2")}
+            terms.require_space(path, qemu_img.measure(path, size, "qcow2", shape))
+
+    def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
+        path = os.path.abspath(image.path)
+        if offer.mode != "metadata":
+            terms.require_space(path, size - image.virtual_size)
+        aligned = _round_up(image.virtual_size, image.cluster_size or 1)
+        if not image.extended_l2 or image.backing_file is None or offer.mode == "metadata" or size <= aligned:
+            qemu_img.resize(path, size, "qcow2", offer.mode)
+        else:
+            if aligned > image.virtual_size:
+                qemu_img.resize(path, aligned, "qcow2", offer.mode)
+            with replacement.zeros(path, size) as zeros:
+                qemu_img.resize_over_zeros(path, size, zeros, offer.mode)
+        _fill(path, os.path.getsize(path) - image.file_size, offer, start=image.file_size)
+        if image.state == "reserved" and offer.holds_space:
+            grown = self._read(image.path)
+            _hold(grown, grown.worst_case_size, offer)
+
+
+# One row a format; a new one is a class and a row.
+FORMATS: dict[str, type[Preallocator]] = {
+    "raw": RawPreallocator,
+    "qcow2": Qcow2Preallocator,
+}
+
+
+def _hold(image: DiskImage, length: int, offer: Terms) -> None:
+    """Set aside the space of a disk up to length, and take back what it shares."""
+    path = os.path.abspath(image.path)
+    terms.require_space(path, image.shortfall)
+    _unshare(path)
+    _fill(path, length, offer)
+
+
+def _unshare(path: str) -> None:
+    shared = [extent for extent in fallocate.extents(path) or () if extent.shared]
+    if shared:
+        fallocate.unshare(path, shared)
+
+
+def _fill(path: str, length: int, offer: Terms, start: int = 0) -> None:
+    """Fill the holes of a file; with zeros, where there is no other way."""
+    if offer.holds_space and length:
+        fallocate.reserve(path, start, length)
+    elif offer.mode == "full":
+        _write_zeros(path)
+
+
+def _write_zeros(path: str) -> None:
+    with lock.no_writer(path):
+        fallocate.write_zeros(path)
+
+
+def _refuse_changed(image: DiskImage) -> None:
+    """Refuse to replace a disk that has been written to since it was read."""
+    if os.stat(image.path).st_mtime_ns != image.modified:
+        raise exceptions.ImageInUse(
+            image.path, "it was written to while it was looked at", "Stop the instance, then try again."
+        )
+
+
+def _check_size(path: str, size: int) -> None:
+    if size <= 0:
+        raise exceptions.InvalidSize(path, f"{size} bytes are no size for a disk", "Give a positive number of bytes.")
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:
+    return exceptions.UnsupportedFilesystem(
+        path,
+        "each overwrite of this file takes new space (copy on write), so that none can be set aside for it",
+        "Rewrite the disk, so that it is made anew with nocow.",
+    )

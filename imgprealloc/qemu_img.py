@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qemu-img, one function a sub-command. Nothing else calls it.
+
+Formats are always named, output is JSON, and what reads an image runs under
+limits, because its content may be a guest's. What to do with the answers is
+decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from oslo_concurrency import processutils
+from oslo_utils import units
+
+from imgprealloc import command
+from imgprealloc import exceptions
+
+# Nova's own for qemu-img info. A check of 1 TiB takes 0.5 s and 25 MB.
+LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=units.Gi)
+
+# Subclusters (extended_l2) and growth that hides a longer backing file.
+OVERLAY_PREALLOCATION = (5, 2)
+
+# 2: the image is corrupt, 3: it has leaked clusters. Both come with JSON.
+_CHECK_ANSWERS = (0, 2, 3)
+
+
+@functools.lru_cache(maxsize=None)
+def version() -> tuple[int, ...]:
+    """Return qemu-img's version, as numbers.
+
+    :raises: QemuImgMissing, BrokenImage if it prints none
+    """
+    said = command.run("qemu-img", "qemu-img", "--version")
+    found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
+    if found is None:
+        raise exceptions.QemuImgTooOld("qemu-img", f"it prints no version: {said!r}", "Install QEMU 5.2 or later.")
+    return tuple(int(number) for number in found.groups(default="0"))
+
+
+def create(
+    path: str,
+    size: int,
+    format: str,
+    options: Mapping[str, str],
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
+    """Create an image; qemu-img truncates what is at path without a word."""
+    backing = [] if backing_file is None else ["-b", backing_file, "-F", str(backing_format)]
+    command.run(path, "qemu-img", "create", "-q", "-f", format, *backing, *_options(options), path, str(size))
+
+
+def convert(
+    path: str,
+    target: str,
+    format: str,
+    options: Mapping[str, str],
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
+    """Copy an image into a new one of the same format, over the same backing file."""
+    backing = [] if backing_file is None else ["-B", backing_file, "-F", str(backing_format)]
+    command.run(
+        path, "qemu-img", "convert", "-q", "-f", format, "-O", format, *backing, *_options(options), path, target
+    )  # fmt: skip
+
+
+def resize(path: str, size: int, format: str, preallocation: str) -> None:
+    """Grow an image; qemu-img refuses to shrink it without being told so."""
+    command.run(path, "qemu-img", "resize", "-q", "-f", format, f"--preallocation={preallocation}", path, str(size))
+
+
+def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str) -> None:
+    """Grow a qcow2 overlay as if its backing file were zeros, a sparse file of size bytes.
+
+    QEMU then has a backing file to hide from the new part, and marks its
+    subclusters allocated instead of only mapping them (qcow2.c,
+    subclusters_need_allocation). The header keeps the true backing file.
+    The old size must be a multiple of the cluster size: in a cluster that is
+    there already, the zeros would come instead of the true backing file's tail.
+    """
+    image = _csv(
+        {
+            "driver": "qcow2",
+            "file.driver": "file",
+            "file.filename": path,
+            "backing.driver": "raw",
+            "backing.file.driver": "file",
+            "backing.file.filename": zeros,
+        }
+    )
+    command.run(
+        path, "qemu-img", "resize", "-q", "--image-opts", f"--preallocation={preallocation}", image, str(size)
+    )  # fmt: skip
+
+
+def info(path: str, format: str | None = None) -> dict[str, Any]:
+    """Describe an image's header, also while it is in use. No format: detect it."""
+    named = [] if format is None else ["-f", format]
+    return _json(path, command.run(path, "qemu-img", "info", "-U", "--output=json", *named, path, limits=LIMITS))
+
+
+def check(path: str, format: str) -> dict[str, Any]:
+    """Count an image's clusters, and its faults, also while it is in use."""
+    said = command.run(
+        path, "qemu-img", "check", "-U", "--output=json", "-f", format, path,
+        limits=LIMITS, exit_codes=_CHECK_ANSWERS,
+    )  # fmt: skip
+    return _json(path, said)
+
+
+def map(path: str, format: str) -> list[dict[str, Any]]:
+    """List the stretches of an image and the depth in the backing chain that each comes from."""
+    said = command.run(path, "qemu-img", "map", "-U", "--output=json", "-f", format, path, limits=LIMITS)
+    stretches = _loads(path, said)
+    if not isinstance(stretches, list):
+        raise _unreadable(path, said)
+    return stretches
+
+
+def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> int:
+    """Return the bytes that a new image of size needs with everything allocated."""
+    said = command.run(
+        path, "qemu-img", "measure", "--output=json", "-O", format, *_options(options), "--size", str(size)
+    )
+    return int(value(path, _json(path, said), "fully-allocated"))
+
+
+def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:
+    """Return what an answer says under a key; a missing one is an error, not None.
+
+    :raises: BrokenImage
+    """
+    found: Any = answer
+    for key in keys:
+        if not isinstance(found, Mapping) or key not in found:
+            raise exceptions.BrokenImage(
+                path, f"qemu-img's answer lacks {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
+            )
+        found = found[key]
+    return found
+
+
+def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
+    """Return a count or a size out of an answer.
+
+    :raises: BrokenImage
+    """
+    found = value(path, answer, *keys)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise exceptions.BrokenImage(
+            path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
+        )
+    return found
+
+
+def _options(options: Mapping[str, str]) -> list[str]:
+    return ["-o", _csv(options)] if options else []
+
+
+def _csv(options: Mapping[str, str]) -> str:
+    """Join options; a comma within a value is doubled, or it would end it."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+
+
+def _loads(path: str, said: str) -> Any:
+    try:
+        return json.loads(said)
+    except ValueError as exc:
+        raise _unreadable(path, said) from exc
+
+
+def _json(path: str, said: str) -> dict[str, Any]:
+    answer = _loads(path, said)
+    if not isinstance(answer, dict):
+        raise _unreadable(path, said)
+    return answer
+
+
+def _unreadable(path: str, said: str) -> exceptions.BrokenImage:
+    return exceptions.BrokenImage(
+        path, f"qemu-img printed no JSON that can be read: {said[:200]!r}", "Check the image with qemu-img by hand."
+    )

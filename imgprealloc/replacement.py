@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New files beside a disk: the next disk, renamed over it once it is whole, and scratch.
+
+A crash leaves the disk as it was and a file with a known name beside it, which
+the next run replaces. What goes into the new file is the caller's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from imgprealloc import command
+from imgprealloc import exceptions
+from imgprealloc import lock
+
+SUFFIX = ".imgprealloc"
+ZEROS_SUFFIX = ".imgprealloc-zeros"
+
+
+@contextlib.contextmanager
+def new_disk(path: str) -> Iterator[str]:
+    """Give the name of an empty file that becomes path when the block ends well.
+
+    The new file is on stable storage before it gets its name. A disk that
+    stands at path hands down its mode, owner and extended attributes, and must
+    not be opened by QEMU for writing meanwhile.
+
+    :raises: ImageInUse, UnsupportedFormat (a link, whose other names would
+        keep the old disk), CommandFailed
+    """
+    with contextlib.ExitStack() as stack:
+        existed = os.path.lexists(path)
+        if existed:
+            _refuse_links(path)
+            stack.enter_context(lock.no_writer(path))
+        fd = stack.enter_context(_claimed(path, path + SUFFIX))
+        temporary = path + SUFFIX
+        if existed:
+            _copy_attributes(path, fd)
+        yield temporary
+        # sync(1) and not os.fsync(): after mode full there may be minutes of
+        # writing to wait for, and eventlet has only this one thread.
+        command.run(path, "sync", temporary)
+        if existed:
+            os.replace(temporary, path)
+        else:
+            _publish(temporary, path)
+        command.run(path, "sync", os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def zeros(path: str, size: int) -> Iterator[str]:
+    """Give the name of a sparse file of size bytes beside path, for as long as the block runs."""
+    with _claimed(path, path + ZEROS_SUFFIX) as fd:
+        os.truncate(fd, size)
+        yield path + ZEROS_SUFFIX
+
+
+@contextlib.contextmanager
+def _claimed(path: str, temporary: str) -> Iterator[int]:
+    """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
+    while True:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            if not lock.try_exclusive(fd):
+                raise exceptions.ImageInUse(
+                    path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+                )
+            if not _is(fd, temporary):
+                continue
+            if os.fstat(fd).st_blocks or os.fstat(fd).st_size:
+                # Left by a crash: nobody holds its lock, and its content is unknown.
+                os.unlink(temporary)
+                continue
+            try:
+                yield fd
+            finally:
+                if _is(fd, temporary):
+                    os.unlink(temporary)
+            return
+        finally:
+            os.close(fd)
+
+
+def _is(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_links(path: str) -> None:
+    if os.path.islink(path) or os.stat(path).st_nlink > 1:
+        raise exceptions.UnsupportedFormat(
+            path,
+            "the disk is a link, or has a second name, and would have to be replaced",
+            "Name the file itself, or remove the other names.",
+        )
+
+
+def _copy_attributes(path: str, fd: int) -> None:
+    status = os.stat(path)
+    if (status.st_uid, status.st_gid) != (os.fstat(fd).st_uid, os.fstat(fd).st_gid):
+        os.fchown(fd, status.st_uid, status.st_gid)
+    os.fchmod(fd, status.st_mode & 0o7777)
+    present = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+    for name in os.listxattr(path):
+        value = os.getxattr(path, name)
+        # SELinux and the like label a new file by themselves, mostly rightly,
+        # and may not let us do it.
+        if present.get(name) != value:
+            os.setxattr(fd, name, value)
+
+
+def _publish(temporary: str, path: str) -> None:
+    try:
+        # Not a rename, which would silently replace what has come meanwhile.
+        os.link(temporary, path)
+    except FileExistsError as exc:
+        raise exceptions.DiskExists(
+            path, "the file has come into being meanwhile", "It was left as it is; choose another path."
+        ) from exc
+    os.unlink(temporary)
