@@ -7,9 +7,9 @@ replacement.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import errno
 import os
-from collections.abc import Sequence
 
 from oslo_concurrency import processutils
 

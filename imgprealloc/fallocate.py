@@ -7,6 +7,8 @@ system call in ours would stop every other thread of nova-compute.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import ctypes
 import dataclasses
 import errno
@@ -14,7 +16,6 @@ import fcntl
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator
 
 from imgprealloc import command
 

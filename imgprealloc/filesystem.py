@@ -9,8 +9,8 @@ import fcntl
 import os
 import tempfile
 
-import psutil
 from oslo_utils import units
+import psutil
 
 from imgprealloc import fallocate
 

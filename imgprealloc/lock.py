@@ -9,12 +9,12 @@ resizing. Where a filesystem has no such locks, QEMU does without, and so do we.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
 
 from imgprealloc import exceptions
 

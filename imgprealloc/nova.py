@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver
@@ -21,9 +21,9 @@ from oslo_utils import fileutils
 
 from imgprealloc import exceptions
 from imgprealloc import opts
-from imgprealloc import reading
+from imgprealloc import qcow2_header
 from imgprealloc import terms
-from imgprealloc.image import DiskImage
+from imgprealloc.preallocator import Preallocator
 
 CONF = cfg.CONF
 LOG = logging.getLogger(__name__)
@@ -59,7 +59,14 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
 
 
-class _Preallocating:
+if TYPE_CHECKING:
+    from nova.virt.libvirt.imagebackend import Image as _Image
+else:
+    # Which of Nova's classes stands behind it, the subclasses say.
+    _Image = object
+
+
+class _Preallocating(_Image):  # type: ignore[misc]
     """What Flat and Qcow2 have in common; stands before Nova's class among the bases."""
 
     def __init__(
@@ -69,21 +76,24 @@ class _Preallocating:
         path: str | None = None,
         disk_info_mapping: Any = None,
     ) -> None:
-        super().__init__(instance, disk_name, path, disk_info_mapping)  # type: ignore[call-arg]
+        super().__init__(instance, disk_name, path, disk_info_mapping)
         self._instance = instance
         # Whether cache() has found the disk there already.
         self._existed = False
+        self._sizes: dict[str, int] = {}
 
     @property
     def _is_ours(self) -> bool:
-        return self.preallocate and bool(_INSTANCE_DISK.fullmatch(os.path.basename(self.path)))
+        return bool(self.preallocate) and bool(_INSTANCE_DISK.fullmatch(os.path.basename(self.path)))
 
     def cache(self, fetch_func: Any, filename: str, size: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Let Nova make the disk or find it there, then preallocate it."""
         if not self._is_ours:
-            return super().cache(fetch_func, filename, size, *args, **kwargs)  # type: ignore[misc]
+            super().cache(fetch_func, filename, size, *args, **kwargs)
+            return
         self._existed = self.exists()
-        super().cache(fetch_func, filename, size, *args, **kwargs)  # type: ignore[misc]
+        self._sizes.clear()
+        super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
         with compute_utils.disk_ops_semaphore:
@@ -92,22 +102,33 @@ class _Preallocating:
             else:
                 with fileutils.remove_path_on_error(self.path):
                     self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
-        return None
+
+    def get_disk_size(self, name: str) -> int:
+        """Return the virtual size of an image; within a cache(), Nova asks for the base's twice."""
+        if not self._is_ours:
+            return int(super().get_disk_size(name))
+        if name not in self._sizes:
+            self._sizes[name] = super().get_disk_size(name)
+        return self._sizes[name]
 
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
-        if self._is_ours and self._existed and self.driver_format == "qcow2":
-            if reading.virtual_size(self.path, self.driver_format) >= size:
+        if self._is_ours and self.driver_format == "qcow2":
+            if qcow2_header.virtual_size(self.path) >= size:
                 return
-            try:
-                # The last sector is left to Nova, which then also grows the
-                # filesystem inside, if it is told to.
-                self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
-            except exceptions.NoSpace:
-                raise
-            except exceptions.PreallocationError as exc:
-                terms.warn_once(self.path, f"grown without preallocation: {exc}")
-        super().resize_image(size)  # type: ignore[misc]
+            if self._existed:
+                self._grow(size)
+        super().resize_image(size)
+
+    def _grow(self, size: int) -> None:
+        try:
+            # The last sector is left to Nova, which then also grows the
+            # filesystem inside, if it is told to.
+            self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
+        except exceptions.NoSpace:
+            raise
+        except exceptions.PreallocationError as exc:
+            terms.warn_once(self.path, f"grown without preallocation: {exc}")
 
     def _can_fallocate(self) -> bool:
         """Keep Nova's cache() from its own fallocate."""
@@ -127,14 +148,14 @@ class _Preallocating:
         except exceptions.PreallocationError as exc:
             terms.warn_once(self.path, f"not preallocated: {exc}")
 
-    def _preallocator(self) -> Any:
+    def _preallocator(self) -> Preallocator:
         flavor = getattr(self._instance, "flavor", None)
         extra_specs = getattr(flavor, "extra_specs", None) or {}
         return opts.preallocator_from(CONF, extra_specs.get(MODE_EXTRA_SPEC))
 
     def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
         """Describe the disk to libvirt, by what its space is really worth."""
-        config = super().libvirt_info(cache_mode, *args, **kwargs)  # type: ignore[misc]
+        config = super().libvirt_info(cache_mode, *args, **kwargs)
         if not self._is_ours or not self.exists():
             return config
         state = self._state()
@@ -152,11 +173,10 @@ class _Preallocating:
 
     def _state(self) -> str:
         try:
-            image: DiskImage = self._preallocator().inspect(self.path, format=self.driver_format)
+            return self._preallocator().inspect(self.path, format=self.driver_format).state
         except exceptions.PreallocationError as exc:
             LOG.debug("%s: taken for thin: %s", self.path, exc)
             return "thin"
-        return image.state
 
 
 class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from oslo_config import cfg
 
 from imgprealloc import preallocator
-from imgprealloc import terms
 
 GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
 

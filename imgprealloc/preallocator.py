@@ -10,10 +10,10 @@ fallocate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 from typing import ClassVar, Optional
 
 from oslo_log import log as logging
@@ -22,11 +22,13 @@ from oslo_utils import units
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import lock
+from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
 from imgprealloc import reading
 from imgprealloc import replacement
 from imgprealloc import terms
 from imgprealloc.image import DiskImage
+from imgprealloc.qcow2_header import Blank
 from imgprealloc.terms import Terms
 
 LOG = logging.getLogger(__name__)
@@ -38,6 +40,11 @@ _GREATEST_CLUSTER_SIZE = 2 * units.Mi
 
 # raw has no metadata, and qemu-img refuses the word for it.
 _RAW_PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
+
+
+_TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
+_MAY_BE_RAW = "it has bytes after the end of the image, and may be a raw disk that a guest wrote a header to"
+_NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Preallocator:
         started = time.monotonic()
         offer = terms.offered(path, self.mode, self.on_unsupported)
         strategy._make(os.path.abspath(path), size, offer, backing, backing_format)
-        return strategy._promised(path, offer, offer.states, None, started)
+        return strategy._promised(path, offer, offer.states, "absent", started)
 
     def preallocate(
         self, path: str | os.PathLike[str], rewrite: bool = False, *, format: str | None = None
@@ -135,6 +142,11 @@ class Preallocator:
         started = time.monotonic()
         named = format or self.format
         strategy = self._of(path, named or reading.detected_format(path))
+        blank = strategy._blank(path, certain=named is not None)
+        if blank is not None:
+            offer = terms.offered(path, self.mode, self.on_unsupported)
+            strategy._recreate(os.path.abspath(path), blank, offer)
+            return strategy._promised(path, offer, offer.states, "blank", started)
         before = strategy._read(path)
         if strategy._is_done(before, self.mode):
             LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
@@ -145,7 +157,7 @@ class Preallocator:
             LOG.debug("%s: left %s in mode %s", path, before.state, offer.mode)
             return before
         treatment.run()
-        return strategy._promised(path, offer, treatment.states, before, started)
+        return strategy._promised(path, offer, treatment.states, before.state, started)
 
     def resize(self, path: str | os.PathLike[str], size: int, *, format: str | None = None) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
@@ -169,7 +181,7 @@ class Preallocator:
         lock.refuse_writer(path)
         strategy._grow(before, size, offer)
         kept = offer.states if before.state == "preallocated" else (before.state, *offer.states)
-        return strategy._promised(path, offer, kept, before, started)
+        return strategy._promised(path, offer, kept, before.state, started)
 
     # What each format answers for itself.
 
@@ -181,19 +193,32 @@ class Preallocator:
         raise NotImplementedError
 
     def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
-        """Choose the first treatment that fits; None where nothing can be done.
+        """Choose the first treatment that fits a disk with data; None where there is nothing to do.
 
         :param certain: whether the format is the caller's word, not a guess
         """
         raise NotImplementedError
 
+    def _blank(self, path: str, *, certain: bool) -> Blank | None:
+        """Return what is to be made anew of a disk that holds nothing, or None."""
+        return None
+
+    def _recreate(self, path: str, blank: Blank, offer: Terms) -> None:
+        """Put a preallocated disk in the place of one that holds nothing."""
+        raise NotImplementedError
+
     def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
-        """Create a preallocated disk at path, over whatever is there."""
+        """Create a preallocated disk at path."""
         raise NotImplementedError
 
     def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
         """Grow a disk, the new part preallocated."""
         raise NotImplementedError
+
+    @classmethod
+    def _virtual_size(cls, path: str) -> int:
+        """Return the virtual size, in bytes, of a backing file in this format, or in any."""
+        return reading.virtual_size(path, cls.format)
 
     # What they share.
 
@@ -210,9 +235,7 @@ class Preallocator:
             self.mode, on_unsupported=self.on_unsupported, overlay_cluster_size=self.overlay_cluster_size
         )
 
-    def _promised(
-        self, path: str, offer: Terms, states: tuple[str, ...], before: DiskImage | None, started: float
-    ) -> DiskImage:
+    def _promised(self, path: str, offer: Terms, states: tuple[str, ...], before: str, started: float) -> DiskImage:
         """Read a disk again, and compare it with what was promised.
 
         :raises: NotPreallocated
@@ -222,7 +245,7 @@ class Preallocator:
             "%s: mode %s, %s before, %s now, %.2f s",
             path,
             offer.mode,
-            before.state if before else "absent",
+            before,
             after.state,
             time.monotonic() - started,
         )
@@ -248,6 +271,11 @@ class RawPreallocator(Preallocator):
     def _is_done(self, image: DiskImage, mode: str) -> bool:
         return mode == "metadata" or image.held
 
+    @classmethod
+    def _virtual_size(cls, path: str) -> int:
+        # Its length, in whole sectors; no need to ask qemu-img.
+        return _round_up(reading.regular_file(path).st_size, 512)
+
     def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
         if self._is_done(image, offer.mode):
             return None
@@ -271,7 +299,7 @@ class RawPreallocator(Preallocator):
         path = os.path.abspath(image.path)
         terms.require_space(path, image.virtual_size)
         with replacement.new_disk(path) as new:
-            _refuse_changed(image)
+            _refuse_changed(path, image.modified)
             qemu_img.convert(path, new, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
 
     def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
@@ -307,15 +335,11 @@ class Qcow2Preallocator(Preallocator):
             return Treatment(lambda: _hold(image, image.file_size, offer), offer.states)
         if image.mapped and not offer.nocow:
             return None
-        base_size = self._base_size(image)
-        empty = self._is_empty(image, base_size)
-        if empty or rewrite:
+        if rewrite:
             obstacle = self._obstacle(image, certain)
-            if obstacle is None and empty:
-                return Treatment(lambda: self._recreate(image, base_size, offer), offer.states)
             if obstacle is None:
                 return Treatment(lambda: self._rewrite(image, offer), offer.states)
-            terms.warn_once(image.path, f"{obstacle}; at the most its space is reserved")
+            terms.warn_once(image.path, f"{obstacle}; {_NOT_REPLACED}")
         if not offer.holds_space:
             return None
         if image.copy_on_write:
@@ -324,114 +348,91 @@ class Qcow2Preallocator(Preallocator):
             return None
         return Treatment(lambda: _hold(image, image.worst_case_size, offer), ("reserved", "preallocated"))
 
-    @staticmethod
-    def _base_size(image: DiskImage) -> int | None:
-        """Return the virtual size of the backing file, where a disk without data needs it."""
-        if image.full_backing_file is None or image.mapped_clusters:
+    def _blank(self, path: str, *, certain: bool) -> Blank | None:
+        reading.regular_file(path)
+        blank = qcow2_header.blank(path)
+        if blank is None or not blank.virtual_size:
             return None
-        return reading.virtual_size(image.full_backing_file, image.backing_format)
-
-    @staticmethod
-    def _is_empty(image: DiskImage, base_size: int | None) -> bool:
-        """Whether a new disk would read the same."""
-        if image.mapped_clusters or image.compressed_clusters or image.snapshots:
-            return False
-        return base_size is None or not reading.hides_base(image, base_size)
+        obstacle = _obstacle_in_header(blank)
+        if not certain and os.path.getsize(path) > _round_up(blank.end, blank.cluster_size):
+            obstacle = _MAY_BE_RAW
+        if obstacle is None:
+            return blank
+        terms.warn_once(path, f"{obstacle}; {_NOT_REPLACED}")
+        return None
 
     @staticmethod
     def _obstacle(image: DiskImage, certain: bool) -> str | None:
-        """Say why the disk cannot be replaced by a new one, if it cannot."""
+        """Say why a disk with data cannot be replaced by a copy, if it cannot."""
         if image.snapshots:
-            return "it has internal snapshots, which a new disk would lose"
+            return "it has internal snapshots, which a copy would lose"
         if image.bitmaps:
-            return "it has dirty bitmaps, which a new disk would lose"
-        if image.backing_file is not None and image.backing_format is None:
-            return "its header does not name its backing file's format"
-        if image.backing_file is not None and qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
-            return "this qemu-img cannot preallocate an overlay (5.2 or later can)"
+            return "it has dirty bitmaps, which a copy would lose"
         if not certain and image.file_size > _round_up(image.image_end, image.cluster_size or 1):
-            return "it has bytes after the end of the image, and may be a raw disk that a guest wrote a header to"
-        return None
+            return _MAY_BE_RAW
+        return _obstacle_in_header(image)
 
     def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
-        if backing is None:
-            self._write(path, size, offer, self._options(offer))
-            return
-        if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
-            raise exceptions.QemuImgTooOld(
-                path, "this qemu-img cannot preallocate an overlay", "Install QEMU 5.2 or later."
-            )
-        base = os.path.join(os.path.dirname(path), backing)
-        backing_format = backing_format or reading.detected_format(base)
-        base_size = reading.virtual_size(base, backing_format)
-        self._write(path, size, offer, self._overlay_options(offer), backing, backing_format, base_size)
+        if backing is not None:
+            if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+                raise exceptions.QemuImgTooOld(path, _TOO_OLD, "Install QEMU 5.2 or later.")
+            backing_format = backing_format or reading.detected_format(_beside(path, backing))
+        with replacement.new_disk(path) as new:
+            self._write(path, new, size, offer, backing, backing_format)
 
-    def _recreate(self, image: DiskImage, base_size: int | None, offer: Terms) -> None:
-        path = os.path.abspath(image.path)
-        if image.backing_file is None:
-            options = {**self._options(offer), "cluster_size": str(image.cluster_size)}
-            self._write(path, image.virtual_size, offer, options, replaced=image)
-            return
-        options = self._overlay_options(offer)
-        self._write(
-            path, image.virtual_size, offer, options, image.backing_file, image.backing_format, base_size, replaced=image
-        )
+    def _recreate(self, path: str, blank: Blank, offer: Terms) -> None:
+        with replacement.new_disk(path) as new:
+            _refuse_changed(path, blank.modified)
+            self._write(
+                path, new, blank.virtual_size, offer, blank.backing_file, blank.backing_format, blank.cluster_size
+            )
 
     def _write(
         self,
         path: str,
+        new: str,
         size: int,
         offer: Terms,
-        options: dict[str, str],
-        backing_file: str | None = None,
-        backing_format: str | None = None,
-        base_size: int | None = None,
-        *,
-        replaced: DiskImage | None = None,
+        backing_file: str | None,
+        backing_format: str | None,
+        cluster_size: int | None = None,
     ) -> None:
-        """Put a disk without data at path."""
-        self._require_space(path, size, offer, options)
+        """Fill the new file beside path with a disk that holds nothing."""
+        if offer.mode != "metadata":
+            terms.require_space(path, size)
+        options = self._options(offer, backing_file, cluster_size)
         first_size = size
-        if base_size is not None and offer.mode != "metadata":
+        if backing_file is not None and offer.mode != "metadata":
             # What lies beyond the base's end is made by growing. The cluster
             # with the base's last bytes has to be there before: grown, it
             # would read as zeros.
+            base_size = FORMATS.get(str(backing_format), Preallocator)._virtual_size(_beside(path, backing_file))
             first_size = min(size, _round_up(max(base_size, 1), self.overlay_cluster_size))
-        with replacement.new_disk(path) as new:
-            if replaced is not None:
-                _refuse_changed(replaced)
-            qemu_img.create(
-                new, first_size, "qcow2", options, backing_file=backing_file, backing_format=backing_format
-            )
-            if first_size < size:
-                with replacement.zeros(path, size) as zeros:
-                    qemu_img.resize_over_zeros(new, size, zeros, offer.mode)
-            _fill(new, os.path.getsize(new), offer)
+        qemu_img.create(new, first_size, "qcow2", options, backing_file=backing_file, backing_format=backing_format)
+        if first_size < size:
+            with replacement.zeros(path, size) as zeros:
+                qemu_img.resize_over_zeros(new, size, zeros, offer.mode, flush=False)
+        _fill(new, os.path.getsize(new), offer)
 
     def _rewrite(self, image: DiskImage, offer: Terms) -> None:
         path = os.path.abspath(image.path)
-        options = self._options(offer) if image.backing_file is None else self._overlay_options(offer)
-        self._require_space(path, image.virtual_size, offer, options)
+        if offer.mode != "metadata":
+            terms.require_space(path, image.virtual_size)
+        options = self._options(offer, image.backing_file, image.cluster_size)
         with replacement.new_disk(path) as new:
-            _refuse_changed(image)
+            _refuse_changed(path, image.modified)
             qemu_img.convert(
                 path, new, "qcow2", options, backing_file=image.backing_file, backing_format=image.backing_format
             )
             _fill(new, os.path.getsize(new), offer)
 
-    def _options(self, offer: Terms) -> dict[str, str]:
-        return {**offer.nocow, "preallocation": offer.mode}
-
-    def _overlay_options(self, offer: Terms) -> dict[str, str]:
-        # Only subclusters can be mapped and still let the base show through.
-        # The base's own cluster size has no say in it.
-        return {**self._options(offer), "cluster_size": str(self.overlay_cluster_size), "extended_l2": "on"}
-
-    @staticmethod
-    def _require_space(path: str, size: int, offer: Terms, options: dict[str, str]) -> None:
-        if offer.mode != "metadata":
-            shape = {key: value for key, value in options.items() if key in ("cluster_size", "extended_l2")}
-            terms.require_space(path, qemu_img.measure(path, size, "qcow2", shape))
+    def _options(self, offer: Terms, backing_file: str | None, cluster_size: int | None) -> dict[str, str]:
+        options = {**offer.nocow, "preallocation": offer.mode}
+        if backing_file is not None:
+            # Only subclusters can be mapped and still let the base show
+            # through. The base's own cluster size has no say in it.
+            return {**options, "cluster_size": str(self.overlay_cluster_size), "extended_l2": "on"}
+        return options if cluster_size is None else {**options, "cluster_size": str(cluster_size)}
 
     def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
         path = os.path.abspath(image.path)
@@ -485,12 +486,23 @@ def _write_zeros(path: str) -> None:
         fallocate.write_zeros(path)
 
 
-def _refuse_changed(image: DiskImage) -> None:
+def _refuse_changed(path: str, modified: int) -> None:
     """Refuse to replace a disk that has been written to since it was read."""
-    if os.stat(image.path).st_mtime_ns != image.modified:
-        raise exceptions.ImageInUse(
-            image.path, "it was written to while it was looked at", "Stop the instance, then try again."
-        )
+    if os.stat(path).st_mtime_ns != modified:
+        raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
+
+
+def _obstacle_in_header(image: DiskImage | Blank) -> str | None:
+    if image.backing_file is not None and image.backing_format is None:
+        return "its header does not name its backing file's format"
+    if image.backing_file is not None and qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+        return _TOO_OLD
+    return None
+
+
+def _beside(path: str, backing_file: str) -> str:
+    """Resolve a backing file's name as QEMU does, from the folder of the overlay."""
+    return os.path.join(os.path.dirname(path), backing_file)
 
 
 def _check_size(path: str, size: int) -> None:

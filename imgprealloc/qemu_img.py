@@ -8,10 +8,10 @@ decided elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -30,7 +30,7 @@ OVERLAY_PREALLOCATION = (5, 2)
 _CHECK_ANSWERS = (0, 2, 3)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def version() -> tuple[int, ...]:
     """Return qemu-img's version, as numbers.
 
@@ -78,7 +78,7 @@ def resize(path: str, size: int, format: str, preallocation: str) -> None:
     command.run(path, "qemu-img", "resize", "-q", "-f", format, f"--preallocation={preallocation}", path, str(size))
 
 
-def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str) -> None:
+def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str, *, flush: bool = True) -> None:
     """Grow a qcow2 overlay as if its backing file were zeros, a sparse file of size bytes.
 
     QEMU then has a backing file to hide from the new part, and marks its
@@ -86,12 +86,18 @@ def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str) -> N
     subclusters_need_allocation). The header keeps the true backing file.
     The old size must be a multiple of the cluster size: in a cluster that is
     there already, the zeros would come instead of the true backing file's tail.
+
+    :param flush: whether each step has to be on stable storage before the
+        next, as for a disk that must survive a crash half way; 40 GiB take
+        0.13 s with it, 0.05 s without
     """
+    caching = {} if flush else {"cache.no-flush": "on", "file.cache.no-flush": "on"}
     image = _csv(
         {
             "driver": "qcow2",
             "file.driver": "file",
             "file.filename": path,
+            **caching,
             "backing.driver": "raw",
             "backing.file.driver": "file",
             "backing.file.filename": zeros,
@@ -115,15 +121,6 @@ def check(path: str, format: str) -> dict[str, Any]:
         limits=LIMITS, exit_codes=_CHECK_ANSWERS,
     )  # fmt: skip
     return _json(path, said)
-
-
-def map(path: str, format: str) -> list[dict[str, Any]]:
-    """List the stretches of an image and the depth in the backing chain that each comes from."""
-    said = command.run(path, "qemu-img", "map", "-U", "--output=json", "-f", format, path, limits=LIMITS)
-    stretches = _loads(path, said)
-    if not isinstance(stretches, list):
-        raise _unreadable(path, said)
-    return stretches
 
 
 def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> int:
@@ -171,15 +168,11 @@ def _csv(options: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
 
 
-def _loads(path: str, said: str) -> Any:
+def _json(path: str, said: str) -> dict[str, Any]:
     try:
-        return json.loads(said)
+        answer = json.loads(said)
     except ValueError as exc:
         raise _unreadable(path, said) from exc
-
-
-def _json(path: str, said: str) -> dict[str, Any]:
-    answer = _loads(path, said)
     if not isinstance(answer, dict):
         raise _unreadable(path, said)
     return answer

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent import futures
 import os
 import stat
 from typing import Any
@@ -11,10 +12,9 @@ from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import lock
+from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
 from imgprealloc.image import DiskImage
-
-_QCOW2_MAGIC = b"QFI\xfb"
 
 # For what qemu-img measure does not foresee: the refcount table moves when it
 # grows, and leaves a gap.
@@ -41,15 +41,19 @@ def qcow2(path: str) -> DiskImage:
     status = regular_file(path)
     target = os.path.abspath(path)
     with open(target, "rb") as file:
-        if file.read(len(_QCOW2_MAGIC)) != _QCOW2_MAGIC:
+        if file.read(len(qcow2_header.MAGIC)) != qcow2_header.MAGIC:
             raise exceptions.FormatMismatch(
                 path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
             )
-    info = qemu_img.info(target, "qcow2")
-    header = qemu_img.value(path, info, "format-specific", "data")
-    _refuse(path, info, header)
     in_use = lock.in_use(target)
-    check = qemu_img.check(target, "qcow2")
+    # Side by side, because most of either is the start of the process that
+    # sets its limits.
+    with futures.ThreadPoolExecutor(max_workers=1) as other:
+        checking = other.submit(qemu_img.check, target, "qcow2")
+        info = qemu_img.info(target, "qcow2")
+        header = qemu_img.value(path, info, "format-specific", "data")
+        _refuse(path, info, header)
+        check = checking.result()
     faults = qemu_img.number(path, check, "check-errors") + check.get("corruptions", 0)
     # Of an image in use, half of a change may have been read.
     if faults and not in_use:
@@ -91,19 +95,6 @@ def detected_format(path: str) -> str:
 def virtual_size(path: str, format: str | None) -> int:
     """Return the virtual size, in bytes, of an image such as a backing file."""
     return qemu_img.number(path, qemu_img.info(path, format), "virtual-size")
-
-
-def hides_base(image: DiskImage, base_size: int) -> bool:
-    """Whether a qcow2 overlay holds anything where its base could show through.
-
-    No cluster allocated is not enough: one that the guest has zeroed hides the
-    base without being allocated. Beyond the base's end all reads as zeros, and
-    qemu-img map calls that depth 0 too.
-    """
-    return any(
-        qemu_img.number(image.path, stretch, "depth") == 0 and qemu_img.number(image.path, stretch, "start") < base_size
-        for stretch in qemu_img.map(os.path.abspath(image.path), "qcow2")
-    )
 
 
 def regular_file(path: str) -> os.stat_result:

@@ -7,9 +7,9 @@ the next run replaces. What goes into the new file is the caller's business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import os
-from collections.abc import Iterator
 
 from imgprealloc import command
 from imgprealloc import exceptions
@@ -47,7 +47,7 @@ def new_disk(path: str) -> Iterator[str]:
             os.replace(temporary, path)
         else:
             _publish(temporary, path)
-        command.run(path, "sync", os.path.dirname(path))
+        _sync_directory(os.path.dirname(path))
 
 
 @contextlib.contextmanager
@@ -82,6 +82,14 @@ def _claimed(path: str, temporary: str) -> Iterator[int]:
             return
         finally:
             os.close(fd)
+
+
+def _sync_directory(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _is(fd: int, path: str) -> bool:

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one question that qemu-img does not answer: does a qcow2 file hold anything at all?
+
+That no cluster is allocated (qemu-img check) is not enough: a cluster that the
+guest has zeroed hides the backing file without being allocated. But every
+cluster, zeroed ones too, has its entry in an L2 table, so that a file without
+L2 tables reads like its backing file, everywhere. Layout: QEMU's
+docs/interop/qcow2.txt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from typing import Optional
+
+MAGIC = b"QFI\xfb"
+
+# magic, version, backing file's offset and length, cluster bits, size,
+# encryption, L1 entries and offset, refcount table's offset and clusters,
+# snapshots and their offset
+_VERSION_2 = struct.Struct(">4sIQIIQIIQQIIQ")
+# incompatible, compatible, autoclear features, refcount order, header length
+_VERSION_3 = struct.Struct(">QQQII")
+_EXTENSION = struct.Struct(">II")
+_BACKING_FORMAT = 0xE2792ACA
+
+# Dirty, corrupt, and so on: anything but the subclusters of extended_l2.
+_SUBCLUSTERS = 1 << 4
+
+_GREATEST_L1 = 32 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Blank:
+    """A qcow2 file without anything in it, as its header describes it. Sizes are bytes.
+
+    :param end: where the last of its tables ends
+    :param modified: the file's mtime in nanoseconds
+    """
+
+    virtual_size: int
+    cluster_size: int
+    end: int
+    modified: int
+    backing_file: Optional[str]
+    backing_format: Optional[str]
+
+
+def blank(path: str) -> Blank | None:
+    """Read the header of a qcow2 file that holds nothing, or return None.
+
+    None too where there is more to the file than tables without entries:
+    snapshots, bitmaps, encryption, an external data file, a fault.
+    """
+    with open(path, "rb") as file:
+        modified = os.fstat(file.fileno()).st_mtime_ns
+        head = file.read(4096)
+        if len(head) < _VERSION_2.size:
+            return None
+        (
+            magic, version, backing_offset, backing_length, cluster_bits, size, encryption,
+            l1_entries, l1_offset, refcounts_offset, refcounts_clusters, snapshots, _,
+        ) = _VERSION_2.unpack_from(head)  # fmt: skip
+        if magic != MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
+            return None
+        header_length = _VERSION_2.size
+        if version == 3:
+            if len(head) < _VERSION_2.size + _VERSION_3.size:
+                return None
+            incompatible, _, autoclear, _, header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)
+            if incompatible & ~_SUBCLUSTERS or autoclear:
+                return None
+        if l1_entries * 8 > _GREATEST_L1 or backing_offset + backing_length > len(head):
+            return None
+        file.seek(l1_offset)
+        l1_table = file.read(l1_entries * 8)
+        if len(l1_table) != l1_entries * 8 or any(l1_table):
+            return None
+    cluster_size = 1 << cluster_bits
+    return Blank(
+        size,
+        cluster_size,
+        max(l1_offset + l1_entries * 8, refcounts_offset + refcounts_clusters * cluster_size),
+        modified,
+        head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape") or None,
+        _extension(head, header_length, _BACKING_FORMAT),
+    )
+
+
+def virtual_size(path: str) -> int:
+    """Return the virtual size, in bytes, of a file that is known to be qcow2."""
+    with open(path, "rb") as file:
+        return int(_VERSION_2.unpack(file.read(_VERSION_2.size))[5])
+
+
+def _extension(head: bytes, offset: int, wanted: int) -> str | None:
+    while offset + _EXTENSION.size <= len(head):
+        kind, length = _EXTENSION.unpack_from(head, offset)
+        offset += _EXTENSION.size
+        if kind == wanted:
+            return head[offset : offset + length].decode(errors="surrogateescape")
+        if kind == 0:
+            break
+        offset += -(-length // 8) * 8
+    return None

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small real filesystems on loop devices, for the tests, the demo and the benchmarks. Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+
+_MKFS = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-m", "0"],
+    "ext2": ["mkfs.ext2", "-q", "-F", "-m", "0"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f"],
+}
+
+
+@contextlib.contextmanager
+def mounted(kind: str, size: int) -> Iterator[str]:
+    """Make a filesystem, mount it, and unmount and remove it afterwards.
+
+    :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
+    :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
+    :returns: the mount point
+    """
+    with tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory:
+        mount_point = os.path.join(directory, "mnt")
+        os.mkdir(mount_point)
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount_point]
+        else:
+            image = os.path.join(directory, "image")
+            with open(image, "wb") as file:
+                file.truncate(size)
+            _run([*_MKFS[kind], image])
+            # -t, because ext4's driver would mount ext2 otherwise.
+            command = ["mount", "-t", kind, "-o", "loop", image, mount_point]
+        _run(command)
+        try:
+            yield mount_point
+        finally:
+            subprocess.run(["umount", mount_point], check=False)
+            if os.path.ismount(mount_point):
+                # Something still has a file open there; it goes when that ends.
+                _run(["umount", "-l", mount_point])
+
+
+def fill(mount_point: str, *, leave: int = 0) -> None:
+    """Take all free space of a filesystem, down to its last block.
+
+    :param leave: bytes to leave free
+    """
+    path = os.path.join(mount_point, "filler")
+    with open(path, "ab", buffering=0) as file:
+        for step in (1 << 26, 1 << 20, 1 << 16, 1 << 12, 512):
+            block = os.urandom(step)
+            with contextlib.suppress(OSError):
+                while _free(mount_point) - step >= leave or not leave:
+                    file.write(block)
+        os.fsync(file.fileno())
+
+
+def _free(mount_point: str) -> int:
+    space = os.statvfs(mount_point)
+    return space.f_bfree * space.f_frsize
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
