@@ -6,6 +6,7 @@ Every error names the disk, says what was found, and tells the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import os
 from typing import Any
 
@@ -87,6 +88,23 @@ class NotPreallocated(PreallocationError):
     def __init__(self, path: str, reason: str, remedy: str, image: Any) -> None:
         super().__init__(path, reason, remedy)
         self.image = image
+
+
+class IncompatibleNova(Exception):
+    """Nova is not as the integration knows it, so that nothing of it was changed.
+
+    :param faults: a line for each place that differs
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__(faults)
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        return (
+            f"This Nova cannot be used with imgprealloc: {'; '.join(self.faults)}. "
+            "Install a release of imgprealloc that knows it, or set compute_driver = libvirt.LibvirtDriver."
+        )
 
 
 class CommandFailed(PreallocationError, processutils.ProcessExecutionError):

@@ -8,9 +8,11 @@ configuration, because imagebackend reads options as it is imported.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver
@@ -18,6 +20,7 @@ from nova.virt.libvirt import imagebackend
 from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_utils import fileutils
+from oslo_utils import strutils
 
 from imgprealloc import exceptions
 from imgprealloc import opts
@@ -41,12 +44,71 @@ _SECTOR = 512
 _DIRECT_CACHE_MODES = ("none", "directsync")
 
 
+# What is overridden or called, and the parameters that it is called with. These
+# are the same from Nova 27 to 34.
+_SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+    (imagebackend.Flat, "__init__", ("self", "instance", "disk_name", "path", "disk_info_mapping")),
+    (imagebackend.Qcow2, "__init__", ("self", "instance", "disk_name", "path", "disk_info_mapping")),
+    *(
+        (backend, method, parameters)
+        for backend in (imagebackend.Flat, imagebackend.Qcow2)
+        for method, parameters in (
+            ("cache", ("self", "fetch_func", "filename", "size")),
+            ("exists", ("self",)),
+            ("get_disk_size", ("self", "name")),
+            ("libvirt_info", ("self", "cache_mode", "extra_specs")),
+            ("resize_image", ("self", "size")),
+            ("_can_fallocate", ("self",)),
+        )
+    ),
+    (imagebackend.Backend, "__init__", ("self", "use_cow")),
+    (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """A place in Nova that the integration depends on, and what is wrong with it, if anything."""
+
+    name: str
+    fault: Optional[str]
+
+
+def seams() -> list[Seam]:
+    """Compare each place in Nova that is overridden with what it has to be."""
+    found = []
+    for owner, method, wanted in _SEAMS:
+        name = f"{owner.__module__}.{owner.__name__}.{method}"
+        function = getattr(owner, method, None)
+        if function is None:
+            found.append(Seam(name, "it is missing"))
+            continue
+        parameters = tuple(inspect.signature(function).parameters)
+        fault = None if parameters[: len(wanted)] == wanted else f"its parameters are {', '.join(parameters)}"
+        found.append(Seam(name, fault))
+    semaphore = getattr(compute_utils, "disk_ops_semaphore", None)
+    fault = None if hasattr(semaphore, "__enter__") else "it is missing, or cannot be used in a with statement"
+    found.append(Seam("nova.compute.utils.disk_ops_semaphore", fault))
+    return found
+
+
+def is_on(conf: cfg.ConfigOpts = CONF) -> bool:
+    """Whether nova.conf asks for preallocation, as Nova's backends read it."""
+    return bool(strutils.to_slug(conf.preallocate_images) == "space")
+
+
 def preallocating(backends: dict[str, type]) -> dict[str, type]:
     """Return Nova's dict of image backends with those that are files replaced.
 
     :param backends: as nova.virt.libvirt.imagebackend.Backend makes it
+    :raises: IncompatibleNova, oslo.config's errors for an option that is invalid
     """
+    faults = [f"{seam.name}: {seam.fault}" for seam in seams() if seam.fault]
+    if faults:
+        raise exceptions.IncompatibleNova(faults)
     opts.register(CONF)
+    if is_on():
+        opts.validate(CONF)
     ours = {imagebackend.Flat: Flat, imagebackend.Qcow2: Qcow2}
     return {name: ours.get(backend, backend) for name, backend in backends.items()}
 

@@ -93,6 +93,15 @@ def list_opts() -> Iterable[tuple[cfg.OptGroup, Iterable[cfg.Opt]]]:
     return [(GROUP, OPTIONS)]
 
 
+def validate(conf: cfg.ConfigOpts) -> None:
+    """Read every option now, so that a wrong one is told when a service starts and not when it builds.
+
+    :raises: oslo_config.cfg.ConfigFileValueError
+    """
+    for option in OPTIONS:
+        getattr(conf.imgprealloc, option.dest)
+
+
 def preallocator_from(conf: cfg.ConfigOpts, mode: str | None = None) -> preallocator.Preallocator:
     """Return the Preallocator that conf.imgprealloc describes.
 

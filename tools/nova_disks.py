@@ -2,7 +2,7 @@
 """Real Nova's image backends without a cloud around them: for the demo, the benchmarks and the tests.
 
 Nova's cache(), create_image() and libvirt_info() are called as its libvirt
-driver calls them; only the download from Glance is a copy of a local file.
+driver calls them; only the download from Glance is a link to a local file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
 
 import nova.conf
 import nova.privsep
-from nova.virt.libvirt import config as vconfig
-from oslo_config import cfg
 from oslo_utils import uuidutils
 
 CONF = nova.conf.CONF
@@ -29,11 +27,12 @@ class Disks:
 
     :param instances_path: an empty folder, on the filesystem in question
     :param preallocated: whether by imgprealloc's classes or by stock Nova's
-    :param options: of nova.conf, as in "libvirt.images_type"
+    :param options: of nova.conf, those in a group as in libvirt__images_type
     """
 
     def __init__(self, instances_path: str, *, preallocated: bool, **options: Any) -> None:
         self.instances_path = instances_path
+        CONF.reset()
         CONF([], default_config_files=[], default_config_dirs=[], project="nova")
         CONF.set_override("instances_path", instances_path)
         CONF.set_override("preallocate_images", "space")
@@ -64,6 +63,11 @@ class Disks:
         mapping = {"bus": "virtio", "dev": "vda", "type": "disk"}
         return self.backend.by_name(instance, name, image_type, disk_info_mapping=mapping)
 
+    def image_at(self, path: str, image_type: str = "qcow2") -> Any:
+        """Return Nova's object for a disk that is there already."""
+        instance = types.SimpleNamespace(uuid="unused", flavor=types.SimpleNamespace(extra_specs={}))
+        return self.backend.by_libvirt_path(instance, path, image_type)
+
     def spawn(self, base: str, size: int | None, *, name: str = "disk", image_type: str = "qcow2", **specs: str) -> Any:
         """Make a disk of a new instance from a base image, as a boot from Glance does."""
         image = self.image(self.instance(**specs), name, image_type)
@@ -74,18 +78,17 @@ class Disks:
         """Run Nova's cache() on a disk, as each start of its instance does."""
 
         def fetch(target: str, **_: Any) -> None:
-            shutil.copyfile(base, target)
+            try:
+                os.link(base, target)
+            except OSError:
+                shutil.copyfile(base, target)
 
         image.cache(
             fetch_func=fetch, context=None, filename=os.path.basename(base), image_id="an-image", size=size,
             trusted_certs=None,
         )  # fmt: skip
 
-    def generate(self, name: str, size: int, fetch: Any, image_type: str = "qcow2", instance: Any = None) -> Any:
-        """Make a disk that Nova formats itself, such as an ephemeral disk."""
-        image = self.image(instance or self.instance(), name, image_type)
-        image.cache(fetch_func=fetch, context=None, filename=f"{name}_{size}", size=size)
-        return image
-
-
-__all__ = ("CONF", "Disks", "cfg", "vconfig")
+    def generate(self, image: Any, size: int, fetch: Any, **kwargs: Any) -> None:
+        """Run Nova's cache() on a disk that Nova formats itself, such as a swap disk."""
+        name = f"{os.path.basename(image.path)}_{size}"
+        image.cache(fetch_func=fetch, context=None, filename=name, size=size, **kwargs)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real Nova, real qemu-img, a real filesystem: what the tests here share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import os
+import subprocess
+from typing import Any
+
+import loop_filesystem
+import nova_disks
+from oslo_utils import units
+import pytest
+
+from imgprealloc import terms
+
+
+@pytest.fixture(scope="session")
+def room() -> Iterator[str]:
+    """A large ext4, most of which is never written."""
+    with loop_filesystem.mounted("ext4", 60 * units.Gi) as mount_point:
+        yield mount_point
+
+
+@pytest.fixture(scope="session")
+def base(room: str) -> str:
+    """A full raw base image of 256 MiB."""
+    path = os.path.join(room, "base")
+    with open(path, "wb") as file:
+        for _ in range(256):
+            file.write(os.urandom(units.Mi))
+    return path
+
+
+@pytest.fixture
+def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., nova_disks.Disks]]:
+    """Make Disks of either kind, with any options; the instances are removed afterwards."""
+    terms._warned.clear()
+    made: list[str] = []
+
+    def make(*, preallocated: bool = True, **options: Any) -> nova_disks.Disks:
+        path = os.path.join(room, f"instances-{os.getpid()}-{len(made)}")
+        os.mkdir(path)
+        made.append(path)
+        return nova_disks.Disks(path, preallocated=preallocated, **options)
+
+    yield make
+    for path in made:
+        subprocess.run(["rm", "-rf", path], check=True)
+    nova_disks.CONF.reset()
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Every command that is run through processutils, as it runs."""
+    from oslo_concurrency import processutils
+
+    ran: list[tuple[str, ...]] = []
+    execute = processutils.execute
+
+    def listening(*cmd: Any, **kwargs: Any) -> Any:
+        ran.append(tuple(str(word) for word in cmd))
+        return execute(*cmd, **kwargs)
+
+    monkeypatch.setattr(processutils, "execute", listening)
+    return ran

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compute_driver = imgprealloc.LibvirtDriver, by Nova's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+# In a process of its own, because a driver is loaded once in a service's life.
+_LOAD = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import nova.tests.unit
+import nova.conf
+nova.conf.CONF(["--config-file", sys.argv[1]], project="nova")
+{before}
+from unittest import mock
+from nova.virt import driver
+loaded = driver.load_compute_driver(mock.Mock())
+from nova.virt.libvirt import imagebackend
+for name, backend in sorted(loaded.image_backend.BACKEND.items()):
+    print(name, backend.__module__, issubclass(backend, imagebackend.Image))
+"""
+
+
+@pytest.fixture
+def load(tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Load the compute driver that a nova.conf names."""
+
+    def run(nova_conf: str, before: str = "") -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "nova.conf"
+        path.write_text(textwrap.dedent(nova_conf))
+        return subprocess.run(
+            [sys.executable, "-c", _LOAD.format(before=before), str(path)],
+            env={**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": "true"},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+        )
+
+    return run
+
+
+OURS = """
+    [DEFAULT]
+    compute_driver = imgprealloc.LibvirtDriver
+    preallocate_images = space
+"""
+
+
+def test_novas_loader_finds_our_driver_and_gets_preallocating_backends(load: Any) -> None:
+    done = load(OURS)
+
+    assert done.stdout.splitlines() == [
+        "default imgprealloc.nova True",
+        "flat imgprealloc.nova True",
+        "lvm nova.virt.libvirt.imagebackend True",
+        "ploop nova.virt.libvirt.imagebackend True",
+        "qcow2 imgprealloc.nova True",
+        "raw imgprealloc.nova True",
+        "rbd nova.virt.libvirt.imagebackend True",
+    ], done.stderr
+
+
+def test_novas_own_driver_stays_stock_beside_us(load: Any) -> None:
+    done = load("[DEFAULT]\ncompute_driver = libvirt.LibvirtDriver\n")
+
+    assert "qcow2 nova.virt.libvirt.imagebackend True" in done.stdout
+    assert "imgprealloc" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("mode", "sparse"), ("existing_disks", "delete"), ("overlay_cluster_size", "4096")]
+)
+def test_option_that_there_is_not_is_refused_by_name_when_the_service_starts(
+    load: Any, option: str, value: str
+) -> None:
+    done = load(f"{OURS}\n    [imgprealloc]\n    {option} = {value}\n")
+
+    assert done.returncode != 0
+    assert option in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ("ib.Image.cache = lambda self, filename: None", "cache: its parameters are self, filename"),
+        ("del ib.Image._can_fallocate", "_can_fallocate: it is missing"),
+        ("import nova.compute.utils as cu; del cu.disk_ops_semaphore", "disk_ops_semaphore"),
+    ],
+)
+def test_nova_that_has_changed_is_refused_with_the_place_named(load: Any, change: str, culprit: str) -> None:
+    done = load(OURS, f"import nova.virt.libvirt.imagebackend as ib; {change}")
+
+    assert done.returncode != 0
+    assert culprit in done.stderr

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's image backends make preallocated disks; qemu-img and the filesystem say so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import Any
+
+from nova.virt.libvirt import driver
+from oslo_concurrency import processutils
+from oslo_utils import units
+import pytest
+
+import imgprealloc
+
+_4G = 4 * units.Gi
+
+
+def _inspect(image: Any) -> imgprealloc.DiskImage:
+    return imgprealloc.Preallocator().inspect(image.path, format=image.driver_format)
+
+
+def _is_preallocated(image: Any, size: int) -> bool:
+    found = _inspect(image)
+    status = os.stat(image.path)
+    checked = subprocess.run(["qemu-img", "check", "-q", image.path], check=False).returncode
+    return (
+        (found.state, found.shortfall, found.virtual_size) == ("preallocated", 0, size)
+        and status.st_blocks * 512 >= status.st_size
+        # raw has no checks
+        and checked in ((0,) if found.format == "qcow2" else (63,))
+    )
+
+
+def _reads_like(path: str, format: str, other: str, other_format: str) -> bool:
+    done = subprocess.run(["qemu-img", "compare", "-q", "-f", format, "-F", other_format, path, other], check=False)
+    return done.returncode == 0
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_blocks
+
+
+def _swap(target: str, **kwargs: Any) -> None:
+    driver.LibvirtDriver._create_swap(target, **kwargs)
+
+
+def _ephemeral(target: str, **kwargs: Any) -> None:
+    driver.LibvirtDriver._create_ephemeral(target, fs_label="ephemeral0", os_type=None, **kwargs)
+
+
+def test_new_overlay_is_preallocated_and_reads_like_its_base(disks: Any, base: str) -> None:
+    image = disks().spawn(base, _4G)
+
+    assert _is_preallocated(image, _4G)
+    assert _reads_like(image.path, "qcow2", base, "raw")
+
+
+def test_stock_overlay_is_not(disks: Any, base: str) -> None:
+    # The control: if this fails, Nova has been cured, and we are not needed.
+    image = disks(preallocated=False).spawn(base, _4G)
+
+    assert (_inspect(image).mapped_clusters, _inspect(image).state) == (0, "thin")
+
+
+def test_second_cache_writes_nothing(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    before = _stamp(image.path)
+
+    made.cache(image, base, _4G)
+
+    assert _stamp(image.path) == before
+
+
+def test_grown_overlay_is_preallocated_and_reads_the_same(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    stock = disks(preallocated=False, preallocate_images="none").spawn(base, _4G)
+    for path in (image.path, stock.path):
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 3G 1M", path], check=True, capture_output=True)
+
+    made = disks()
+    made.cache(made.image_at(image.path), base, 8 * units.Gi)
+
+    assert _is_preallocated(image, 8 * units.Gi)
+    assert _reads_like(image.path, "qcow2", stock.path, "qcow2")
+
+
+def test_new_raw_disk_is_preallocated_and_reads_like_its_base(disks: Any, base: str) -> None:
+    image = disks().spawn(base, _4G, image_type="raw")
+
+    assert _is_preallocated(image, _4G)
+    assert _reads_like(image.path, "raw", base, "raw")
+
+
+def test_grown_raw_disk_is_preallocated(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.spawn(base, _4G, image_type="raw")
+
+    made.cache(image, base, 8 * units.Gi)
+
+    assert _is_preallocated(image, 8 * units.Gi)
+
+
+def test_flat_disk_that_holds_qcow2_is_preallocated_as_qcow2(disks: Any, base: str, tmp_path: Any) -> None:
+    qcow2 = str(tmp_path / "base.qcow2")
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", base, qcow2], check=True)
+
+    image = disks(force_raw_images=False).spawn(qcow2, units.Gi, image_type="raw")
+
+    assert image.driver_format == "qcow2"
+    assert _is_preallocated(image, units.Gi)
+    assert _reads_like(image.path, "qcow2", base, "raw")
+
+
+@pytest.mark.parametrize("image_type", ["qcow2", "raw"])
+def test_swap_disk_is_preallocated(disks: Any, image_type: str) -> None:
+    made = disks()
+    image = made.image(made.instance(), "disk.swap", image_type)
+
+    made.generate(image, 256 * units.Mi, _swap, swap_mb=256)
+
+    assert _is_preallocated(image, 256 * units.Mi)
+
+
+@pytest.mark.parametrize("image_type", ["qcow2", "raw"])
+@pytest.mark.parametrize("name", ["disk.local", "disk.eph0"])
+def test_ephemeral_disk_is_preallocated_after_mkfs_has_discarded(disks: Any, image_type: str, name: str) -> None:
+    made = disks(default_ephemeral_format="ext4")
+    image = made.image(made.instance(), name, image_type)
+
+    made.generate(image, units.Gi, _ephemeral, ephemeral_size=1)
+
+    assert _is_preallocated(image, units.Gi)
+
+
+def test_root_disk_without_a_size_gets_its_base_images_size(disks: Any, base: str) -> None:
+    # A flavor with root_gb=0.
+    image = disks().spawn(base, None)
+
+    assert _is_preallocated(image, os.path.getsize(base))
+
+
+@pytest.mark.parametrize("name", ["disk.rescue", "disk.local.rescue", "disk.eph0.rescue", "disk.swap.rescue"])
+def test_rescue_disk_stays_thin(disks: Any, base: str, name: str) -> None:
+    image = disks().spawn(base, _4G, name=name)
+
+    assert _inspect(image).state == "thin"
+
+
+@pytest.mark.parametrize("name", ["kernel", "ramdisk"])
+def test_kernel_and_ramdisk_are_left_alone(disks: Any, base: str, name: str, commands: Any) -> None:
+    disks().spawn(base, None, name=name, image_type="raw")
+
+    assert not [command for command in commands if "fallocate" in command]
+
+
+def test_base_image_is_not_preallocated(disks: Any, room: str) -> None:
+    made = disks()
+    thin = os.path.join(room, "thin-base")
+    with open(thin, "wb") as file:
+        file.truncate(units.Gi)
+
+    made.spawn(thin, _4G)
+
+    cached = os.path.join(made.instances_path, "_base", "thin-base")
+    assert os.stat(cached).st_blocks == 0
+
+
+def test_nothing_but_the_disk_is_left_in_the_instances_folder(disks: Any, base: str) -> None:
+    image = disks().spawn(base, _4G)
+
+    assert set(os.listdir(os.path.dirname(image.path))) == {"disk", "disk.info"}
+
+
+def test_disk_with_data_is_reserved_and_not_replaced(disks: Any, base: str) -> None:
+    image = disks(preallocated=False).spawn(base, _4G)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    before = os.stat(image.path)
+    made = disks()
+
+    made.cache(made.image_at(image.path), base, _4G)
+
+    after = os.stat(image.path)
+    assert _inspect(image).state == "reserved"
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+def test_disk_with_data_is_rewritten_if_the_operator_asks_for_it(disks: Any, base: str, tmp_path: Any) -> None:
+    image = disks(preallocated=False).spawn(base, _4G)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    copy = str(tmp_path / "copy")
+    subprocess.run(["cp", image.path, copy], check=True)
+    made = disks(imgprealloc__existing_disks="rewrite")
+
+    made.cache(made.image_at(image.path), base, _4G)
+
+    assert _is_preallocated(image, _4G)
+    assert _reads_like(image.path, "qcow2", copy, "qcow2")
+
+
+def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    copy = made.image(made.instance())
+    subprocess.run(["cp", "--sparse=always", image.path, copy.path], check=True)
+    inode = os.stat(copy.path).st_ino
+
+    made.cache(copy, base, _4G)
+
+    assert _is_preallocated(copy, _4G)
+    assert os.stat(copy.path).st_ino == inode
+
+
+def test_broken_disk_does_not_keep_its_instance_from_starting(disks: Any, base: str, caplog: Any) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    with open(image.path, "r+b") as file:
+        # An L1 entry that points into the middle of nowhere.
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        file.write(b"\xff" * 8)
+
+    made.cache(image, base, _4G)
+
+    assert "not preallocated" in caplog.text
+
+
+def test_no_space_is_the_error_that_nova_reschedules_on_and_leaves_no_disk(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.image(made.instance())
+
+    with pytest.raises(processutils.ProcessExecutionError):
+        made.cache(image, base, 500 * units.Gi)
+
+    assert os.listdir(os.path.dirname(image.path)) == ["disk.info"]
+
+
+def test_no_space_leaves_a_disk_that_was_there_as_it_was(disks: Any, base: str) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    before = _stamp(image.path)
+
+    with pytest.raises(processutils.ProcessExecutionError):
+        made.cache(image, base, 500 * units.Gi)
+
+    assert _stamp(image.path) == before
+
+
+def test_without_preallocation_no_command_is_added(disks: Any, base: str, commands: Any) -> None:
+    def ran(preallocated: bool) -> list[tuple[str, ...]]:
+        made = disks(preallocated=preallocated, preallocate_images="none")
+        commands.clear()
+        image = made.spawn(base, _4G)
+        made.cache(image, base, 8 * units.Gi)
+        image.libvirt_info("none", {})
+        return [tuple(os.path.basename(word) for word in command) for command in commands]
+
+    assert ran(True) == ran(False)
+
+
+def test_flavor_chooses_its_own_mode(disks: Any, base: str) -> None:
+    image = disks().spawn(base, _4G, **{"imgprealloc:mode": "metadata"})
+
+    assert _inspect(image).state == "mapped"
+
+
+def test_cluster_size_of_overlays_is_an_option(disks: Any, base: str) -> None:
+    image = disks(imgprealloc__overlay_cluster_size=64 * units.Ki).spawn(base, _4G)
+
+    assert _inspect(image).cluster_size == 64 * units.Ki
+
+
+def test_held_disk_uses_native_io(disks: Any, base: str) -> None:
+    image = disks().spawn(base, _4G)
+
+    assert image.libvirt_info("none", {}).driver_io == "native"
+
+
+@pytest.mark.parametrize("cache_mode", ["writeback", "writethrough", "unsafe"])
+def test_native_io_is_left_out_where_libvirt_would_refuse_it(disks: Any, base: str, cache_mode: str) -> None:
+    image = disks().spawn(base, _4G)
+
+    assert image.libvirt_info(cache_mode, {}).driver_io is None
+
+
+def test_disk_without_space_does_not_use_native_io(disks: Any, base: str) -> None:
+    image = disks(imgprealloc__mode="metadata").spawn(base, _4G)
+
+    assert image.libvirt_info("none", {}).driver_io is None
+
+
+def test_trim_is_ignored_where_it_would_give_space_back(disks: Any, base: str, caplog: Any) -> None:
+    image = disks(libvirt__hw_disk_discard="unmap").spawn(base, _4G)
+
+    assert [image.libvirt_info("none", {}).driver_discard for _ in range(2)] == ["ignore", "ignore"]
+    assert caplog.text.count("protect_from_discard") == 1
+
+
+def test_operator_can_let_guests_trim(disks: Any, base: str) -> None:
+    image = disks(libvirt__hw_disk_discard="unmap", imgprealloc__protect_from_discard=False).spawn(base, _4G)
+
+    assert image.libvirt_info("none", {}).driver_discard == "unmap"
+
+
+def test_other_backends_stay_novas_own(disks: Any) -> None:
+    from nova.virt.libvirt import imagebackend
+
+    backends = disks().backend.BACKEND
+
+    assert (backends["lvm"], backends["rbd"], backends["ploop"]) == (
+        imagebackend.Lvm,
+        imagebackend.Rbd,
+        imagebackend.Ploop,
+    )
+    assert all(issubclass(backends[name], imagebackend.Flat) for name in ("raw", "flat"))
+    assert issubclass(backends["default"], imagebackend.Qcow2)
+
+
+def test_warnings_are_not_repeated_at_each_start(disks: Any, base: str, caplog: Any) -> None:
+    made = disks()
+    image = made.spawn(base, _4G)
+    with open(image.path, "r+b") as file:
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        file.write(b"\xff" * 8)
+
+    for _ in range(2):
+        made.cache(image, base, _4G)
+
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
