@@ -97,6 +97,11 @@ def is_on(conf: cfg.ConfigOpts = CONF) -> bool:
     return bool(strutils.to_slug(conf.preallocate_images) == "space")
 
 
+def is_patched(use_cow_images: bool) -> bool:
+    """Whether Nova's own Backend makes preallocating disks already (contrib/)."""
+    return any(issubclass(backend, _Preallocating) for backend in imagebackend.Backend(use_cow_images).BACKEND.values())
+
+
 def preallocating(backends: dict[str, type]) -> dict[str, type]:
     """Return Nova's dict of image backends with those that are files replaced.
 

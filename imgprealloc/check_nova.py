@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will this Nova, as it is configured here, preallocate its instances? The answer, fact by fact.
+
+Looks and changes nothing, but for a nameless file in instances_path. Nova is
+imported only within check(), after its configuration has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+from importlib import metadata
+import importlib.util
+import os
+import types
+import warnings
+
+from oslo_config import cfg
+
+from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import opts
+from imgprealloc import qemu_img
+
+DRIVER = "imgprealloc.LibvirtDriver"
+_SUPPORTED = range(27, 35)
+_FILE_BACKENDS = ("default", "qcow2", "raw", "flat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    :param subject: what it is
+    :param good: whether instances can be preallocated as far as this goes
+    :param detail: what was found, and where it is not good, the way out
+    """
+
+    subject: str
+    good: bool
+    detail: str
+
+
+def check(config_files: list[str]) -> Iterator[Finding]:
+    """Look at Nova, qemu-img, the configuration and the filesystem.
+
+    :param config_files: as for nova-compute's --config-file; none: Nova's own
+        default places
+    """
+    try:
+        version = metadata.version("nova")
+    except metadata.PackageNotFoundError:
+        yield Finding("Nova", False, "not installed in this environment; run the imgprealloc of Nova's environment")
+        return
+    known = int(version.split(".")[0]) in _SUPPORTED
+    tested = f"tested with {_SUPPORTED.start} to {_SUPPORTED.stop - 1}"
+    yield Finding("Nova", known, version if known else f"{version} is not known; {tested}")
+
+    # Nova settles eventlet or threads as it is imported; here is no service.
+    os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
+    # And nobody here can heed what Nova's own libraries warn of.
+    warnings.simplefilter("ignore")
+    import nova.conf
+
+    conf = nova.conf.CONF
+    try:
+        conf([], project="nova", prog="nova-compute", default_config_files=config_files or None)
+        opts.register(conf)
+        opts.validate(conf)
+    except (cfg.Error, ValueError) as exc:
+        yield Finding("configuration", False, str(exc))
+        return
+    yield Finding("configuration", True, ", ".join(conf.config_file or ["no file: all defaults"]))
+    # Not earlier: see the module.
+    import imgprealloc.nova as integration
+
+    for seam in integration.seams():
+        yield Finding(seam.name, seam.fault is None, seam.fault or "as expected")
+    yield _driver(conf, integration)
+    yield _switch(conf, integration)
+    yield _backend(conf)
+    yield _qemu_img()
+    yield _instances_path(conf)
+
+
+def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
+    if integration.is_patched(conf.use_cow_images):
+        return Finding("compute_driver", True, f"{conf.compute_driver}, and imagebackend is patched (contrib/)")
+    if conf.compute_driver != DRIVER:
+        return Finding("compute_driver", False, f"{conf.compute_driver}; set [DEFAULT] compute_driver = {DRIVER}")
+    if importlib.util.find_spec("nova.virt.imgprealloc") is None:
+        return Finding(
+            "compute_driver",
+            False,
+            f"{DRIVER}, but nova/virt/imgprealloc.py is not in Nova's package; "
+            "install imgprealloc with pip into the environment, or folder, that Nova is installed in",
+        )
+    return Finding("compute_driver", True, DRIVER)
+
+
+def _switch(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
+    good = integration.is_on(conf)
+    remedy = "" if good else "; set [DEFAULT] preallocate_images = space"
+    return Finding("preallocate_images", good, f"{conf.preallocate_images}{remedy}")
+
+
+def _backend(conf: cfg.ConfigOpts) -> Finding:
+    kind = conf.libvirt.images_type
+    good = kind in _FILE_BACKENDS
+    remedy = "" if good else "; its disks are no files, so there is nothing to preallocate"
+    return Finding("[libvirt] images_type", good, f"{kind}{remedy}")
+
+
+def _qemu_img() -> Finding:
+    try:
+        version = qemu_img.version()
+    except exceptions.PreallocationError as exc:
+        return Finding("qemu-img", False, str(exc))
+    text = ".".join(map(str, version))
+    if version < qemu_img.OVERLAY_PREALLOCATION:
+        return Finding("qemu-img", False, f"{text} cannot preallocate overlays; install 5.2 or later")
+    return Finding("qemu-img", True, text)
+
+
+def _instances_path(conf: cfg.ConfigOpts) -> Finding:
+    path = conf.instances_path
+    if not os.path.isdir(path):
+        return Finding("instances_path", False, f"{path} is not there; create it, or start nova-compute once")
+    try:
+        under = filesystem.under(path)
+    except OSError as exc:
+        return Finding("instances_path", False, f"{path}: {exc.strerror}; run this as the user of nova-compute")
+    text = f"{path}, on {under.type}"
+    mode = conf.imgprealloc.mode
+    if under.fallocate and mode != "metadata":
+        return Finding("instances_path", True, f"{text}, which can hold space (mode {mode})")
+    if under.fallocate:
+        return Finding("instances_path", False, f"{text}; mode metadata maps disks and holds no space for them")
+    fallback = mode if mode != "falloc" else conf.imgprealloc.on_unsupported
+    good = fallback == "full" and not under.copy_on_write
+    outcome = {
+        "full": "disks are written with zeros",
+        "metadata": "disks are mapped, and no space is held for them",
+        "error": "no instance can be built (on_unsupported = error)",
+    }[fallback]
+    return Finding("instances_path", good, f"{text}, which cannot set space aside: {outcome}")
