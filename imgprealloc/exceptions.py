@@ -43,6 +43,17 @@ class InvalidSize(PreallocationError):
     """The size asked for cannot be had: not positive, or smaller than the disk."""
 
 
+class FileError(PreallocationError):
+    """The operating system has refused something with the file or its folder.
+
+    :param errno: its reason
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str, errno: int | None) -> None:
+        super().__init__(path, reason, remedy)
+        self.errno = errno
+
+
 class ImageInUse(PreallocationError):
     """Another process has the image open for writing, or is replacing it."""
 

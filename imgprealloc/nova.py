@@ -63,6 +63,18 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     ),
     (imagebackend.Backend, "__init__", ("self", "use_cow")),
     (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
+    (driver.LibvirtDriver, "_disk_raw_to_qcow2", ("path",)),
+    (
+        driver.LibvirtDriver,
+        "_create_images_and_backing",
+        ("self", "context", "instance", "instance_dir", "disk_info", "fallback_from_host"),
+    ),
+    (
+        driver.LibvirtDriver,
+        "post_live_migration_at_destination",
+        ("self", "context", "instance", "network_info", "block_migration", "block_device_info"),
+    ),
+    (driver.LibvirtDriver, "_get_instance_disk_info", ("self", "instance", "block_device_info")),
 )
 
 
@@ -125,6 +137,69 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         super().__init__(virtapi, read_only)
         self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
 
+    def _disk_raw_to_qcow2(self, path: str) -> None:
+        """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
+        super()._disk_raw_to_qcow2(path)
+        if is_on():
+            _heal(path, "qcow2", None)
+
+    def _create_images_and_backing(
+        self, context: Any, instance: Any, instance_dir: str, disk_info: Any, fallback_from_host: str | None = None
+    ) -> None:
+        """Preallocate also those targets of a block live migration that Nova makes past its backends."""
+        super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
+        for info in disk_info or () if is_on() else ():
+            path = os.path.join(instance_dir, os.path.basename(info["path"]))
+            if not info["backing_file"] and _is_instance_disk(path):
+                _heal(path, info["type"], instance)
+
+    def post_live_migration_at_destination(
+        self,
+        context: Any,
+        instance: Any,
+        network_info: Any,
+        block_migration: bool = False,
+        block_device_info: Any = None,
+    ) -> None:
+        """Fill the holes that QEMU's mirror has made in a disk; its guest runs here already."""
+        super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
+        if not is_on() or not block_migration:
+            return
+        try:
+            for info in self._get_instance_disk_info(instance, block_device_info):
+                if _is_instance_disk(info["path"]):
+                    _heal(info["path"], info["type"], instance)
+        except Exception as exc:
+            # Whatever it is, the migration is over, and was a success.
+            LOG.warning("Holes in the disks are left until the next start: %s", exc, instance=instance)
+
+
+def _is_instance_disk(path: str) -> bool:
+    return bool(_INSTANCE_DISK.fullmatch(os.path.basename(path)))
+
+
+def _preallocator(instance: Any) -> Preallocator:
+    """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
+    extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
+    return opts.preallocator_from(CONF, extra_specs.get(MODE_EXTRA_SPEC))
+
+
+def _heal(path: str, format: str, instance: Any) -> None:
+    """Preallocate a disk that may have data, if it can be done; a guest that can start has to start.
+
+    :raises: NoSpace, which fails a start with stock Nova, too
+    """
+    if not os.access(path, os.W_OK):
+        LOG.debug("%s: left as it is, because it is not ours to write", path)
+        return
+    rewrite = CONF.imgprealloc.existing_disks == "rewrite"
+    try:
+        _preallocator(instance).preallocate(path, rewrite=rewrite, format=format)
+    except exceptions.NoSpace:
+        raise
+    except exceptions.PreallocationError as exc:
+        terms.warn_once(path, f"not preallocated: {exc}")
+
 
 if TYPE_CHECKING:
     from nova.virt.libvirt.imagebackend import Image as _Image
@@ -151,7 +226,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
 
     @property
     def _is_ours(self) -> bool:
-        return bool(self.preallocate) and bool(_INSTANCE_DISK.fullmatch(os.path.basename(self.path)))
+        return bool(self.preallocate) and _is_instance_disk(self.path)
 
     def cache(self, fetch_func: Any, filename: str, size: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Let Nova make the disk or find it there, then preallocate it."""
@@ -165,7 +240,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         # image would wait.
         with compute_utils.disk_ops_semaphore:
             if self._existed:
-                self._heal()
+                _heal(self.path, self.driver_format, self._instance)
             else:
                 with fileutils.remove_path_on_error(self.path):
                     self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
@@ -201,24 +276,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
         """Keep Nova's cache() from its own fallocate."""
         return False
 
-    def _heal(self) -> None:
-        """Preallocate a disk that may have data; a guest that can start has to start."""
-        if not os.access(self.path, os.W_OK):
-            LOG.debug("%s: left as it is, because it is not ours to write", self.path)
-            return
-        rewrite = CONF.imgprealloc.existing_disks == "rewrite"
-        try:
-            self._preallocator().preallocate(self.path, rewrite=rewrite, format=self.driver_format)
-        except exceptions.NoSpace:
-            # As with stock Nova: a start that could not have its space fails.
-            raise
-        except exceptions.PreallocationError as exc:
-            terms.warn_once(self.path, f"not preallocated: {exc}")
-
     def _preallocator(self) -> Preallocator:
-        flavor = getattr(self._instance, "flavor", None)
-        extra_specs = getattr(flavor, "extra_specs", None) or {}
-        return opts.preallocator_from(CONF, extra_specs.get(MODE_EXTRA_SPEC))
+        return _preallocator(self._instance)
 
     def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
         """Describe the disk to libvirt, by what its space is really worth."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 import time
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional, TypeVar, cast
 
 from oslo_log import log as logging
 from oslo_utils import units
@@ -55,6 +56,20 @@ class Treatment:
     states: tuple[str, ...]
 
 
+_Verb = TypeVar("_Verb", bound=Callable[..., DiskImage])
+
+
+def _told(verb: _Verb) -> _Verb:
+    """Have a verb tell what the operating system refuses as an error of ours."""
+
+    @functools.wraps(verb)
+    def telling(self: Preallocator, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> DiskImage:
+        with terms.os_errors(os.fspath(path)):
+            return verb(self, path, *args, **kwargs)
+
+    return cast(_Verb, telling)
+
+
 class Preallocator:
     """Create, preallocate and grow disks in one mode, whatever their format.
 
@@ -92,6 +107,7 @@ class Preallocator:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.mode!r})"
 
+    @_told
     def inspect(self, path: str | os.PathLike[str], *, format: str | None = None) -> DiskImage:
         """Read a disk, also one in use; nothing is written.
 
@@ -101,6 +117,7 @@ class Preallocator:
         path = os.fspath(path)
         return self._of(path, format or self.format or reading.detected_format(path))._read(path)
 
+    @_told
     def create(
         self,
         path: str | os.PathLike[str],
@@ -127,6 +144,7 @@ class Preallocator:
         strategy._make(os.path.abspath(path), size, offer, backing, backing_format)
         return strategy._promised(path, offer, offer.states, "absent", started)
 
+    @_told
     def preallocate(
         self, path: str | os.PathLike[str], rewrite: bool = False, *, format: str | None = None
     ) -> DiskImage:
@@ -159,6 +177,7 @@ class Preallocator:
         treatment.run()
         return strategy._promised(path, offer, treatment.states, before.state, started)
 
+    @_told
     def resize(self, path: str | os.PathLike[str], size: int, *, format: str | None = None) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
 

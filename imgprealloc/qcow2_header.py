@@ -15,6 +15,8 @@ import os
 import struct
 from typing import Optional
 
+from imgprealloc import exceptions
+
 MAGIC = b"QFI\xfb"
 
 # magic, version, backing file's offset and length, cluster bits, size,
@@ -89,10 +91,26 @@ def blank(path: str) -> Blank | None:
     )
 
 
+def require(path: str) -> None:
+    """Refuse a file that does not begin like qcow2.
+
+    :raises: FormatMismatch
+    """
+    virtual_size(path)
+
+
 def virtual_size(path: str) -> int:
-    """Return the virtual size, in bytes, of a file that is known to be qcow2."""
+    """Return the virtual size, in bytes, that a qcow2 file's header has.
+
+    :raises: FormatMismatch
+    """
     with open(path, "rb") as file:
-        return int(_VERSION_2.unpack(file.read(_VERSION_2.size))[5])
+        head = file.read(_VERSION_2.size)
+    if len(head) < _VERSION_2.size or not head.startswith(MAGIC):
+        raise exceptions.FormatMismatch(
+            path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
+        )
+    return int(_VERSION_2.unpack(head)[5])
 
 
 def _extension(head: bytes, offset: int, wanted: int) -> str | None:

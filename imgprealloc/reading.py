@@ -40,11 +40,7 @@ def qcow2(path: str) -> DiskImage:
     """
     status = regular_file(path)
     target = os.path.abspath(path)
-    with open(target, "rb") as file:
-        if file.read(len(qcow2_header.MAGIC)) != qcow2_header.MAGIC:
-            raise exceptions.FormatMismatch(
-                path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
-            )
+    qcow2_header.require(target)
     in_use = lock.in_use(target)
     # Side by side, because most of either is the start of the process that
     # sets its limits.

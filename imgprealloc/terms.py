@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import errno
 import os
@@ -69,6 +71,23 @@ def offered(path: str, mode: str, on_unsupported: str) -> Terms:
     return Terms(on_unsupported, under)
 
 
+@contextlib.contextmanager
+def os_errors(path: str) -> Iterator[None]:
+    """Turn what the operating system refuses into our errors, with the disk's name.
+
+    :raises: NoSpace, FileError
+    """
+    try:
+        yield
+    except OSError as exc:
+        reason = f"{exc.strerror or exc} ({exc.filename or path})"
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(path, reason) from exc
+        raise exceptions.FileError(
+            path, reason, "Check the permissions of the file and its folder, and who runs this.", exc.errno
+        ) from exc
+
+
 def require_space(path: str, needed: int) -> None:
     """Refuse what cannot fit before anything runs.
 
@@ -78,13 +97,17 @@ def require_space(path: str, needed: int) -> None:
     """
     available = filesystem.available(os.path.dirname(os.path.abspath(path)))
     if needed > available:
-        raise exceptions.NoSpace(
-            path,
-            f"it needs {needed} bytes more, and the filesystem has {available}",
-            "Free space on it, or build on another host.",
-            exit_code=1,
-            stderr=os.strerror(errno.ENOSPC),
-        )
+        raise _no_space(path, f"it needs {needed} bytes more, and the filesystem has {available}")
+
+
+def _no_space(path: str, reason: str) -> exceptions.NoSpace:
+    return exceptions.NoSpace(
+        path,
+        reason,
+        "Free space on the filesystem, or build on another host.",
+        exit_code=1,
+        stderr=os.strerror(errno.ENOSPC),
+    )
 
 
 def warn_once(subject: str, message: str) -> None:
