@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import os
+
+if os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true") == "false":
+    # Before anything else that could start a thread, as a service does it.
+    import nova.monkey_patch
+
+    # Up to Nova 31 the import does it.
+    getattr(nova.monkey_patch, "patch", lambda: None)()
+
 from collections.abc import Callable
 from collections.abc import Iterator
-import os
 import subprocess
 from typing import Any
 
