@@ -31,8 +31,6 @@ from imgprealloc.preallocator import Preallocator
 CONF = cfg.CONF
 LOG = logging.getLogger(__name__)
 
-MODE_EXTRA_SPEC = "imgprealloc:mode"
-
 # Root, ephemeral and swap disks. Not kernel and ramdisk, config drives, rescue
 # disks, nor what is yet to be invented.
 _INSTANCE_DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
@@ -181,7 +179,7 @@ def _is_instance_disk(path: str) -> bool:
 def _preallocator(instance: Any) -> Preallocator:
     """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
     extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
-    return opts.preallocator_from(CONF, extra_specs.get(MODE_EXTRA_SPEC))
+    return opts.preallocator_from(CONF, extra_specs.get(opts.MODE_EXTRA_SPEC))
 
 
 def _heal(path: str, format: str, instance: Any) -> None:

@@ -11,6 +11,9 @@ from imgprealloc import preallocator
 
 GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
 
+# A flavor's own mode.
+MODE_EXTRA_SPEC = "imgprealloc:mode"
+
 OPTIONS = (
     cfg.StrOpt(
         "mode",

@@ -20,6 +20,7 @@ import nova.privsep
 from oslo_utils import uuidutils
 
 CONF = nova.conf.CONF
+new_uuid = uuidutils.generate_uuid
 
 
 class Disks:
