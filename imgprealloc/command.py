@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import errno
 import os
+import shutil
 
 from oslo_concurrency import processutils
 
@@ -60,8 +61,8 @@ def _failure(
     said = (exc.stderr or "").strip()
     status = int(exc.exit_code or 0)
     # Under limits the program is started by oslo.concurrency's wrapper, which
-    # answers 127 where the program is missing.
-    if limits is not None and status == 127:
+    # ends with 1 where the program is missing, as the program itself might.
+    if limits is not None and shutil.which(argv[0]) is None:
         return exceptions.QemuImgMissing(
             path, f"{argv[0]} could not be started: {said}", f"Install {argv[0]} (Debian: qemu-utils)."
         )

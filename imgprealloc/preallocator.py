@@ -299,20 +299,12 @@ class RawPreallocator(Preallocator):
         if self._is_done(image, offer.mode):
             return None
         if not image.copy_on_write:
-            return Treatment(lambda: self._hold(image, offer), offer.states)
+            return Treatment(lambda: _hold(image, image.file_size, offer, zeros=offer.mode == "full"), offer.states)
         if not offer.nocow:
             return None
         if not rewrite:
             raise _copied_on_write(image.path)
         return Treatment(lambda: self._copy(image, offer), offer.states)
-
-    def _hold(self, image: DiskImage, offer: Terms) -> None:
-        path = os.path.abspath(image.path)
-        if offer.mode == "full":
-            terms.require_space(path, image.shortfall)
-            _unshare(path)
-            _write_zeros(path)
-        _hold(image, image.file_size, offer)
 
     def _copy(self, image: DiskImage, offer: Terms) -> None:
         path = os.path.abspath(image.path)
@@ -478,11 +470,16 @@ FORMATS: dict[str, type[Preallocator]] = {
 }
 
 
-def _hold(image: DiskImage, length: int, offer: Terms) -> None:
-    """Set aside the space of a disk up to length, and take back what it shares."""
+def _hold(image: DiskImage, length: int, offer: Terms, *, zeros: bool = False) -> None:
+    """Set aside the space of a disk up to length, and take back what it shares.
+
+    :param zeros: whether what was never written is to be written, too
+    """
     path = os.path.abspath(image.path)
     terms.require_space(path, image.shortfall)
     _unshare(path)
+    if zeros:
+        _write_zeros(path)
     _fill(path, length, offer)
 
 

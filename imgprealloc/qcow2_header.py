@@ -67,7 +67,7 @@ def blank(path: str) -> Blank | None:
         ) = _VERSION_2.unpack_from(head)  # fmt: skip
         if magic != MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
             return None
-        header_length = _VERSION_2.size
+        incompatible, header_length = 0, _VERSION_2.size
         if version == 3:
             if len(head) < _VERSION_2.size + _VERSION_3.size:
                 return None
@@ -81,6 +81,11 @@ def blank(path: str) -> Blank | None:
         if len(l1_table) != l1_entries * 8 or any(l1_table):
             return None
     cluster_size = 1 << cluster_bits
+    entry_size = 16 if incompatible & _SUBCLUSTERS else 8
+    if l1_entries * (cluster_size // entry_size) * cluster_size < size:
+        return None
+    if not backing_offset:
+        backing_length = 0
     return Blank(
         size,
         cluster_size,

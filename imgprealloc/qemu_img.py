@@ -9,6 +9,7 @@ decided elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import json
 import re
@@ -128,7 +129,7 @@ def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> in
     said = command.run(
         path, "qemu-img", "measure", "--output=json", "-O", format, *_options(options), "--size", str(size)
     )
-    return int(value(path, _json(path, said), "fully-allocated"))
+    return number(path, _json(path, said), "fully-allocated")
 
 
 def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:
@@ -146,6 +147,25 @@ def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:
     return found
 
 
+def section(path: str, answer: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Return a part of an answer that has keys of its own.
+
+    :raises: BrokenImage
+    """
+    found = value(path, answer, *keys)
+    if not isinstance(found, Mapping):
+        raise _odd(path, found, keys)
+    return found
+
+
+def count(path: str, answer: Mapping[str, Any], key: str) -> int:
+    """Return a count that qemu-img leaves out where it is 0.
+
+    :raises: BrokenImage
+    """
+    return number(path, answer, key) if key in answer else 0
+
+
 def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
     """Return a count or a size out of an answer.
 
@@ -153,9 +173,7 @@ def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
     """
     found = value(path, answer, *keys)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise exceptions.BrokenImage(
-            path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
-        )
+        raise _odd(path, found, keys)
     return found
 
 
@@ -176,6 +194,12 @@ def _json(path: str, said: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise _unreadable(path, said)
     return answer
+
+
+def _odd(path: str, found: Any, keys: Sequence[str]) -> exceptions.BrokenImage:
+    return exceptions.BrokenImage(
+        path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
+    )
 
 
 def _unreadable(path: str, said: str) -> exceptions.BrokenImage:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent import futures
 import os
 import stat
@@ -47,16 +48,16 @@ def qcow2(path: str) -> DiskImage:
     with futures.ThreadPoolExecutor(max_workers=1) as other:
         checking = other.submit(qemu_img.check, target, "qcow2")
         info = qemu_img.info(target, "qcow2")
-        header = qemu_img.value(path, info, "format-specific", "data")
+        header = qemu_img.section(path, info, "format-specific", "data")
         _refuse(path, info, header)
         check = checking.result()
-    faults = qemu_img.number(path, check, "check-errors") + check.get("corruptions", 0)
+    faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
     if faults and not in_use:
         raise _broken(path, f"qemu-img check finds {faults} errors in it")
     # Absent where it is 0. A compressed cluster is moved when it is written.
-    compressed = check.get("compressed-clusters", 0)
-    mapped = check.get("allocated-clusters", 0) - compressed
+    compressed = qemu_img.count(path, check, "compressed-clusters")
+    mapped = qemu_img.count(path, check, "allocated-clusters") - compressed
     return _image(
         path,
         status,
@@ -72,7 +73,7 @@ def qcow2(path: str) -> DiskImage:
         clusters=qemu_img.number(path, check, "total-clusters"),
         mapped_clusters=mapped,
         compressed_clusters=compressed,
-        fragmented_clusters=check.get("fragmented-clusters", 0),
+        fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
         image_end=qemu_img.number(path, check, "image-end-offset"),
         snapshots=len(info.get("snapshots", ())),
         bitmaps=len(header.get("bitmaps", ())),
@@ -107,7 +108,7 @@ def regular_file(path: str) -> os.stat_result:
     return status
 
 
-def _refuse(path: str, info: dict[str, Any], header: dict[str, Any]) -> None:
+def _refuse(path: str, info: dict[str, Any], header: Mapping[str, Any]) -> None:
     if header.get("corrupt"):
         raise _broken(path, "it is marked corrupt")
     if "data-file" in header:
@@ -123,7 +124,7 @@ def _refuse(path: str, info: dict[str, Any], header: dict[str, Any]) -> None:
 
 
 def _worst_case_size(
-    path: str, info: dict[str, Any], header: dict[str, Any], check: dict[str, Any], mapped: int
+    path: str, info: dict[str, Any], header: Mapping[str, Any], check: dict[str, Any], mapped: int
 ) -> int:
     """Return the length that a qcow2 file can grow to, in bytes."""
     image_end = qemu_img.number(path, check, "image-end-offset")
