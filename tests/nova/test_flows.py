@@ -95,10 +95,7 @@ class Host:
         names = ["disk.rescue"] if kwargs.get("suffix") else list(DISKS)
         if kwargs.get("suffix"):
             block_devices = None
-        mapping = {
-            name: {"bus": "virtio", "dev": f"vd{letter}", "type": "disk"}
-            for name, letter in zip(names, "abc")
-        }
+        mapping = {name: {"bus": "virtio", "dev": f"vd{letter}", "type": "disk"} for name, letter in zip(names, "abc")}
         with mock.patch.object(libvirt_utils, "fetch_image", self._fetch):
             self.driver._create_image(CONTEXT, instance, mapping, block_device_info=block_devices, **kwargs)
 
