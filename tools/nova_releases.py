@@ -50,11 +50,11 @@ def row(result: dict[str, Any]) -> tuple[str, ...]:
     failed = set()
     for threading in ("threads", "eventlet"):
         ours, stock = result[f"integration_{threading}"], result[f"stock_{threading}"]
-        cells.append(f"{ours.get('passed', 0)} passed" + (f", {ours['failed']} FAILED" if ours.get("failed") else ""))
-        unexpected = len(stock.get("unexpected_failures", ["?"])) + len(stock.get("unexpected_successes", ["?"]))
-        cells.append(
-            f"{stock.get('run', 0) - stock.get('failed', 0)} passed" + (f", {unexpected} ODD" if unexpected else "")
-        )
+        wrong = ours.get("failed", 0) + ours.get("error", 0)
+        cells.append(f"{ours.get('passed', 0)} passed" + (f", {wrong} FAILED" if wrong else ""))
+        odd = len(stock.get("unexpected_failures", "?")) + len(stock.get("unexpected_successes", "?"))
+        passed = stock.get("run", 0) - stock.get("failed", 0)
+        cells.append(f"{passed} passed" + (f", {odd} ODD" if odd else ""))
         failed.add(stock.get("failed", 0))
     return (*cells, ", ".join(map(str, sorted(failed))))
 
@@ -66,13 +66,11 @@ def main(files: list[str]) -> int:
         with open(name) as file:
             rows.append(row(json.load(file)))
     rows.sort()
-    widths = [max(len(line[column]) for line in (_COLUMNS, *rows)) for column in range(len(_COLUMNS))]
+    table = [_COLUMNS, *rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
     rule = "  ".join("=" * width for width in widths)
-    lines = [
-        rule,
-        *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (_COLUMNS, *rows)),
-    ]
-    lines = [rule, lines[1], rule, *lines[2:], rule]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    lines = [rule, lines[0], rule, *lines[1:], rule]
     with open(_DOC, "w") as file:
         file.write(_HEAD + "\n".join(lines) + "\n" + _FOOT)
     return 0

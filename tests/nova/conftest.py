@@ -35,9 +35,18 @@ def room() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def base(room: str) -> str:
     """A full raw base image of 256 MiB."""
-    path = os.path.join(room, "base")
+    return _full(os.path.join(room, "base"), 256)
+
+
+@pytest.fixture(scope="session")
+def small_base(room: str) -> str:
+    """A full raw base image of 64 MiB."""
+    return _full(os.path.join(room, "small-base"), 64)
+
+
+def _full(path: str, mebibytes: int) -> str:
     with open(path, "wb") as file:
-        for _ in range(256):
+        for _ in range(mebibytes):
             file.write(os.urandom(units.Mi))
     return path
 
