@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Space inside a file: fallocate(1), the kernel's extent map, dd for zeros.
+"""Space inside a file: fallocate(1), the kernel's extent map, and zeros.
 
 Calls that may take long run in a process of their own: under eventlet a
 system call in ours would stop every other thread of nova-compute.
@@ -17,7 +17,11 @@ import os
 import struct
 import sys
 
+from oslo_utils import units
+
 from imgprealloc import command
+from imgprealloc import exceptions
+from imgprealloc import lock
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
@@ -64,15 +68,14 @@ def reserve(path: str, start: int, length: int) -> None:
 def write_zeros(path: str) -> None:
     """Write zeros over all that is a hole, or set aside but not written yet.
 
-    The caller sees to it that nobody else writes meanwhile.
+    The process that writes keeps QEMU out itself, because it may outlive us:
+    zeros over what a guest has written meanwhile would destroy that.
 
-    :raises: NoSpace, CommandFailed
+    :raises: ImageInUse, NoSpace, CommandFailed
     """
-    for hole in _holes(path):
-        command.run(
-            path, "dd", "if=/dev/zero", f"of={path}", "bs=1M", f"count={hole.length}", f"seek={hole.start}",
-            "iflag=count_bytes", "oflag=seek_bytes", "conv=notrunc,nocreat,fdatasync", "status=none",
-        )  # fmt: skip
+    lock.refuse_writer(path)
+    if _holes(path):
+        command.run(path, sys.executable, "-m", __name__, "zeros", path)
 
 
 def unshare(path: str, shared: Iterable[Extent]) -> None:
@@ -83,7 +86,7 @@ def unshare(path: str, shared: Iterable[Extent]) -> None:
     stretches = [f"{extent.start}:{extent.length}" for extent in shared]
     # In batches, because a command line ends at 128 KiB a word and 2 MiB.
     for first in range(0, len(stretches), 1000):
-        command.run(path, sys.executable, "-m", __name__, path, *stretches[first : first + 1000])
+        command.run(path, sys.executable, "-m", __name__, "unshare", path, *stretches[first : first + 1000])
 
 
 def extents(path: str) -> list[Extent] | None:
@@ -170,16 +173,31 @@ def supported(fd: int, length: int) -> bool:
     return os.fstat(fd).st_blocks * 512 >= length
 
 
-def _main(path: str, *stretches: str) -> int:
-    """Unshare START:LENGTH stretches of a file; the process behind unshare()."""
+def _unshare(path: str, *stretches: str) -> None:
     with open(path, "r+b") as file:
         for stretch in stretches:
             start, length = map(int, stretch.split(":"))
-            try:
-                _fallocate(file.fileno(), _UNSHARE_RANGE, start, length)
-            except OSError as exc:
-                print(f"{path}: {exc.strerror}", file=sys.stderr)
-                return 1
+            _fallocate(file.fileno(), _UNSHARE_RANGE, start, length)
+
+
+def _write_zeros(path: str) -> None:
+    zeros = bytes(units.Mi)
+    with lock.no_writer(path), open(path, "r+b", buffering=0) as file:
+        for hole in _holes(path):
+            file.seek(hole.start)
+            left = hole.length
+            while left:
+                left -= file.write(zeros[: min(left, len(zeros))]) or 0
+        os.fdatasync(file.fileno())
+
+
+def _main(verb: str, path: str, *stretches: str) -> int:
+    """Do what would take too long in the caller's process; the other end of unshare() and write_zeros()."""
+    try:
+        {"unshare": _unshare, "zeros": _write_zeros}[verb](path, *stretches)
+    except (OSError, exceptions.PreallocationError) as exc:
+        print(exc, file=sys.stderr)
+        return 1
     return 0
 
 

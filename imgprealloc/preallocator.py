@@ -39,6 +39,9 @@ OVERLAY_CLUSTER_SIZE = 128 * units.Ki
 _LEAST_OVERLAY_CLUSTER_SIZE = 16 * units.Ki
 _GREATEST_CLUSTER_SIZE = 2 * units.Mi
 
+# The unit of all virtual sizes.
+_SECTOR = 512
+
 # raw has no metadata, and qemu-img refuses the word for it.
 _RAW_PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
 
@@ -187,9 +190,13 @@ class Preallocator:
         """
         path = os.fspath(path)
         started = time.monotonic()
-        strategy = self._of(path, format or self.format or reading.detected_format(path))
+        named = format or self.format
+        strategy = self._of(path, named or reading.detected_format(path))
         before = strategy._read(path)
+        if named is None and _has_stray_bytes(before):
+            raise exceptions.UnsupportedFormat(path, _MAY_BE_RAW, "Say which it is.")
         _check_size(path, size)
+        size = _round_up(size, _SECTOR)
         if size <= before.virtual_size:
             raise exceptions.InvalidSize(
                 path,
@@ -293,7 +300,7 @@ class RawPreallocator(Preallocator):
     @classmethod
     def _virtual_size(cls, path: str) -> int:
         # Its length, in whole sectors; no need to ask qemu-img.
-        return _round_up(reading.regular_file(path).st_size, 512)
+        return _round_up(reading.regular_file(path).st_size, _SECTOR)
 
     def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
         if self._is_done(image, offer.mode):
@@ -379,7 +386,7 @@ class Qcow2Preallocator(Preallocator):
             return "it has internal snapshots, which a copy would lose"
         if image.bitmaps:
             return "it has dirty bitmaps, which a copy would lose"
-        if not certain and image.file_size > _round_up(image.image_end, image.cluster_size or 1):
+        if not certain and _has_stray_bytes(image):
             return _MAY_BE_RAW
         return _obstacle_in_header(image)
 
@@ -449,6 +456,12 @@ class Qcow2Preallocator(Preallocator):
         path = os.path.abspath(image.path)
         if offer.mode != "metadata":
             terms.require_space(path, size - image.virtual_size)
+        if _has_stray_bytes(image):
+            # Left by a growth that was cut short; qemu-img would stumble over it.
+            with lock.no_writer(path):
+                _refuse_changed(path, image.modified)
+                os.truncate(path, _round_up(image.image_end, image.cluster_size or 1))
+        file_size = os.path.getsize(path)
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         if not image.extended_l2 or image.backing_file is None or offer.mode == "metadata" or size <= aligned:
             qemu_img.resize(path, size, "qcow2", offer.mode)
@@ -457,7 +470,7 @@ class Qcow2Preallocator(Preallocator):
                 qemu_img.resize(path, aligned, "qcow2", offer.mode)
             with replacement.zeros(path, size) as zeros:
                 qemu_img.resize_over_zeros(path, size, zeros, offer.mode)
-        _fill(path, os.path.getsize(path) - image.file_size, offer, start=image.file_size)
+        _fill(path, os.path.getsize(path) - file_size, offer, start=file_size)
         if image.state == "reserved" and offer.holds_space:
             grown = self._read(image.path)
             _hold(grown, grown.worst_case_size, offer)
@@ -479,7 +492,7 @@ def _hold(image: DiskImage, length: int, offer: Terms, *, zeros: bool = False) -
     terms.require_space(path, image.shortfall)
     _unshare(path)
     if zeros:
-        _write_zeros(path)
+        fallocate.write_zeros(path)
     _fill(path, length, offer)
 
 
@@ -494,11 +507,6 @@ def _fill(path: str, length: int, offer: Terms, start: int = 0) -> None:
     if offer.holds_space and length:
         fallocate.reserve(path, start, length)
     elif offer.mode == "full":
-        _write_zeros(path)
-
-
-def _write_zeros(path: str) -> None:
-    with lock.no_writer(path):
         fallocate.write_zeros(path)
 
 
@@ -506,6 +514,11 @@ def _refuse_changed(path: str, modified: int) -> None:
     """Refuse to replace a disk that has been written to since it was read."""
     if os.stat(path).st_mtime_ns != modified:
         raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
+
+
+def _has_stray_bytes(image: DiskImage) -> bool:
+    """Whether a qcow2 file goes on after the image's last cluster."""
+    return bool(image.cluster_size) and image.file_size > _round_up(image.image_end, image.cluster_size or 1)
 
 
 def _obstacle_in_header(image: DiskImage | Blank) -> str | None:

@@ -67,11 +67,13 @@ def convert(
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> None:
-    """Copy an image into a new one of the same format, over the same backing file."""
+    """Copy an image into a new one of the same format, over the same backing file.
+
+    With -S 0: otherwise qemu-img gives back the clusters where it finds zeros.
+    """
     backing = [] if backing_file is None else ["-B", backing_file, "-F", str(backing_format)]
-    command.run(
-        path, "qemu-img", "convert", "-q", "-f", format, "-O", format, *backing, *_options(options), path, target
-    )  # fmt: skip
+    formats = ["-f", format, "-O", format, *backing]
+    command.run(path, "qemu-img", "convert", "-q", "-S", "0", *formats, *_options(options), path, target)
 
 
 def resize(path: str, size: int, format: str, preallocation: str) -> None:

@@ -70,7 +70,7 @@ def qcow2(path: str) -> DiskImage:
         full_backing_file=info.get("full-backing-filename"),
         cluster_size=qemu_img.number(path, info, "cluster-size"),
         extended_l2=bool(header.get("extended-l2")),
-        clusters=qemu_img.number(path, check, "total-clusters"),
+        clusters=_clusters(path, info, check),
         mapped_clusters=mapped,
         compressed_clusters=compressed,
         fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
@@ -123,12 +123,17 @@ def _refuse(path: str, info: dict[str, Any], header: Mapping[str, Any]) -> None:
         )
 
 
+def _clusters(path: str, info: dict[str, Any], check: dict[str, Any]) -> int:
+    # Left out for a disk of no size.
+    return qemu_img.number(path, check, "total-clusters") if qemu_img.number(path, info, "virtual-size") else 0
+
+
 def _worst_case_size(
     path: str, info: dict[str, Any], header: Mapping[str, Any], check: dict[str, Any], mapped: int
 ) -> int:
     """Return the length that a qcow2 file can grow to, in bytes."""
     image_end = qemu_img.number(path, check, "image-end-offset")
-    clusters = qemu_img.number(path, check, "total-clusters")
+    clusters = _clusters(path, info, check)
     # A cluster that belongs to a snapshot too is copied when it is written.
     growing = clusters if info.get("snapshots") else clusters - mapped
     if not growing:

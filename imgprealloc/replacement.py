@@ -15,6 +15,9 @@ from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
 
+# O_NOFOLLOW is implied by O_EXCL.
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
 SUFFIX = ".imgprealloc"
 ZEROS_SUFFIX = ".imgprealloc-zeros"
 
@@ -62,17 +65,14 @@ def zeros(path: str, size: int) -> Iterator[str]:
 def _claimed(path: str, temporary: str) -> Iterator[int]:
     """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
     while True:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            if not lock.try_exclusive(fd):
-                raise exceptions.ImageInUse(
-                    path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
-                )
-            if not _is(fd, temporary):
-                continue
-            if os.fstat(fd).st_blocks or os.fstat(fd).st_size:
-                # Left by a crash: nobody holds its lock, and its content is unknown.
-                os.unlink(temporary)
+            fd = os.open(temporary, _NEW, 0o644)
+        except FileExistsError:
+            _remove_stale(path, temporary)
+            continue
+        try:
+            # Lost, if another one took the new file for a stale one meanwhile.
+            if not lock.try_exclusive(fd) or not _is(fd, temporary):
                 continue
             try:
                 yield fd
@@ -88,6 +88,26 @@ def _sync_directory(directory: str) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(path: str, temporary: str) -> None:
+    """Remove what a crash has left: nobody holds its lock, and its content is unknown.
+
+    :raises: ImageInUse
+    """
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if not lock.try_exclusive(fd):
+            raise exceptions.ImageInUse(
+                path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+            )
+        if _is(fd, temporary):
+            os.unlink(temporary)
     finally:
         os.close(fd)
 

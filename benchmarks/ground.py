@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks stand on: a large, quiet filesystem of their own, a base image, and the tools' folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import warnings
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
+
+import loop_filesystem
+
+# Nova 34 does without eventlet but still imports it, and eventlet warns of itself.
+warnings.filterwarnings("ignore", message="\\s*Eventlet is deprecated")
+
+
+@contextlib.contextmanager
+def mounted(kind: str, size: int) -> Iterator[str]:
+    """Mount a sparse filesystem under TMPDIR that does nothing in the background and caches nothing twice.
+
+    :param size: bytes, of which only what is written takes room on the host
+    """
+    with loop_filesystem.mounted(kind, size) as mount_point:
+        device = _output("findmnt", "-n", "-o", "SOURCE", mount_point)
+        if kind == "ext4":
+            # It would fill its inode tables while we measure.
+            _output("mount", "-o", "remount,noinit_itable", mount_point)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            # Some filesystems under TMPDIR, such as tmpfs, cannot do it.
+            _output("losetup", "--direct-io=on", device)
+        yield mount_point
+
+
+def write_out(mount_point: str) -> None:
+    """Write to all of a filesystem once, so that the file it lives in is not allocated while we measure."""
+    path = os.path.join(mount_point, "all")
+    zeros = ["dd", "if=/dev/zero", f"of={path}", "bs=4M", "oflag=direct", "status=none"]
+    # It ends when the filesystem is full.
+    subprocess.run(zeros, capture_output=True, check=False)
+    os.unlink(path)
+    settle(mount_point)
+
+
+def is_direct(mount_point: str) -> bool:
+    """Whether the loop device goes past the host's page cache."""
+    device = _output("findmnt", "-n", "-o", "SOURCE", mount_point)
+    return _output("losetup", "-n", "-O", "DIO", device) == "1"
+
+
+def base_image(path: str, size: int) -> str:
+    """Write a raw image without holes, which repeats a MiB that does not compress."""
+    block = random.Random(0).randbytes(1024**2)
+    with open(path, "wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    return path
+
+
+def settle(mount_point: str) -> None:
+    """Write out what earlier runs have left behind, so that the next one does not wait for it."""
+    _output("sync", "-f", mount_point)
+
+
+def versions() -> dict[str, str]:
+    """Say what was measured."""
+    import importlib.metadata
+
+    return {
+        "nova": importlib.metadata.version("nova"),
+        "imgprealloc": importlib.metadata.version("imgprealloc"),
+        "qemu": _output("qemu-img", "--version").split()[2],
+        "kernel": os.uname().release,
+    }
+
+
+def _output(*argv: str) -> str:
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()

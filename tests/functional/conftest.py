@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the disks of these tests are: real filesystems on loop devices, each mounted once."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+import loop_filesystem
+import pytest
+
+from functional import images
+
+MiB = 1 << 20
+
+TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", "mkfs.ext4", "mkfs.ext2", "mkfs.xfs", "mkfs.btrfs")
+
+# Sparse, so that what is not used costs nothing.
+SIZES = {
+    "ext4": 2048 * MiB,
+    "ext2": 1024 * MiB,
+    "xfs": 2048 * MiB,
+    "btrfs": 1024 * MiB,
+    "tmpfs": 1024 * MiB,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tools():
+    """Skip where these tests cannot run; in CI that is a failure."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if os.geteuid():
+        missing.append("root, for mount")
+    if missing:
+        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        stop(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture(scope="session")
+def mount_point_of(_tools):
+    """Give the mount point of a kind of filesystem, mounted when it is first asked for."""
+    mounted = {}
+    with contextlib.ExitStack() as stack:
+
+        def mount_point_of(kind):
+            if kind not in mounted:
+                mounted[kind] = pathlib.Path(stack.enter_context(loop_filesystem.mounted(kind, SIZES[kind])))
+            return mounted[kind]
+
+        yield mount_point_of
+
+
+@pytest.fixture
+def kind():
+    """Name the filesystem that folder is on; tests parametrize it."""
+    return "ext4"
+
+
+@pytest.fixture
+def folder(mount_point_of, kind):
+    """Give an empty folder on a filesystem with plenty of space."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=mount_point_of(kind)))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tight(kind):
+    """Give a small filesystem of its own to a test that fills it, new because XFS remembers having been full."""
+    with loop_filesystem.mounted(kind, 300 * MiB) as mount_point:
+        yield pathlib.Path(mount_point)
+
+
+@pytest.fixture
+def base(folder):
+    """Give a raw base image of 24 MiB without a zero in it."""
+    return images.random_file(folder / "base.raw", 24 * MiB)

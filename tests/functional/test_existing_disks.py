@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that hold data before we come: what a guest reads never changes, whatever is done for their space."""
+
+import shutil
+
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+def used(path, base, **options):
+    """Make an overlay that a guest has written to here and there."""
+    disk = images.qcow2(path, 32 * MiB, backing=base, **options)
+    images.qemu_io(
+        disk,
+        "write -P 0x11 0 512",
+        "write -P 0x22 3M 700k",
+        "write -P 0x33 23M 2M",
+        f"write -P 0x44 {32 * MiB - 512} 512",
+    )
+    return disk
+
+
+@pytest.fixture
+def disk(folder, base):
+    return used(folder / "disk", base)
+
+
+@pytest.fixture
+def copy(disk, folder):
+    """Give a copy of the disk as it was, to compare with."""
+    return shutil.copyfile(disk, folder / "copy")
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_disk_with_data_is_reserved(disk, mode):
+    image = Preallocator(mode).preallocate(disk, format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_disk_with_data_reads_the_same_afterwards(disk, copy, mode, rewrite):
+    Preallocator(mode).preallocate(disk, rewrite, format="qcow2")
+
+    assert not images.differences(disk, copy)
+
+
+def test_reserving_leaves_the_file_byte_for_byte(disk, copy):
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert images.file_digest(disk) == images.file_digest(copy)
+
+
+def test_reserved_disk_has_the_space_of_its_worst_case(disk):
+    image = Preallocator().preallocate(disk, format="qcow2")
+
+    assert images.allocated(disk) >= image.worst_case_size > 32 * MiB
+
+
+def test_reserving_again_writes_nothing(disk):
+    Preallocator().preallocate(disk, format="qcow2")
+    before = images.identity(disk)
+
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert images.identity(disk) == before
+
+
+def test_mode_metadata_leaves_a_disk_with_data_alone(disk):
+    before = images.identity(disk)
+
+    Preallocator("metadata").preallocate(disk, format="qcow2")
+
+    assert images.identity(disk) == before
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_rewritten_disk_has_every_cluster_mapped(disk, mode):
+    Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+
+    found = images.check(disk)
+    assert found["allocated-clusters"] == found["total-clusters"]
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_rewriting_gives_the_state_that_the_mode_promises(disk, mode):
+    image = Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+
+    assert image.state == ("mapped" if mode == "metadata" else "preallocated")
+
+
+def test_rewritten_disk_keeps_its_base(disk, base):
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.backing_file, image.backing_format) == (str(base), "raw")
+
+
+def test_relative_name_of_the_base_stays_relative_when_rewritten(folder, base):
+    disk = used(folder / "disk", base.name)
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.backing_file, image.state) == (base.name, "preallocated")
+
+
+def test_rewriting_again_writes_nothing(disk):
+    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    before = images.identity(disk)
+
+    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert images.identity(disk) == before
+
+
+def test_reserved_disk_can_still_be_rewritten(disk, copy):
+    Preallocator().preallocate(disk, format="qcow2")
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
+
+
+@pytest.mark.parametrize("base_size", [8 * MiB + 300, 24 * MiB + 512, 40 * MiB, 0])
+def test_rewritten_disk_over_an_odd_base_reads_the_same(folder, base_size):
+    base = images.random_file(folder / "odd.raw", base_size)
+    disk = used(folder / "disk", base)
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert not images.differences(disk, copy)
+
+
+def test_rewritten_disk_of_an_odd_size_reads_the_same(folder, base):
+    disk = images.qcow2(folder / "disk", 20 * MiB + 512, backing=base)
+    images.qemu_io(disk, f"write -P 0x55 {20 * MiB} 512")
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert not images.differences(disk, copy)
+
+
+def test_disk_without_a_base_is_rewritten(folder, base):
+    disk = images.qcow2_of(folder / "disk", base)
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, base, other_format="raw")) == ("preallocated", "")
+
+
+def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder):
+    disk = images.qcow2(folder / "disk", 32 * MiB)
+    images.qemu_io(disk, "write -P 0x11 3M 1M")
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
+
+
+# A zeroed cluster hides the base and allocates nothing: qemu-img check finds
+# such a disk as empty as a new one.
+
+
+@pytest.mark.parametrize("where", ["0 64k", "3M 1M", "0 32M", f"{32 * MiB - 64 * KiB} 64k"])
+def test_check_takes_zeroed_clusters_for_nothing(folder, base, where):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+
+    images.qemu_io(disk, f"write -z {where}")
+
+    assert images.check(disk).get("allocated-clusters", 0) == 0
+
+
+@pytest.mark.parametrize("where", ["0 64k", "3M 1M", "0 32M", "31M 1M"])
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_zeroed_clusters_keep_hiding_the_base(folder, base, where, rewrite):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, f"write -z {where}")
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert not images.differences(disk, copy)
+
+
+@pytest.mark.parametrize("write", ["write -z 3M 1M", "write -z 0 32M", "write -P 0 3M 1M"])
+def test_clusters_of_zeros_are_mapped_when_the_disk_is_rewritten(folder, base, write):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, write)
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, image.mapped_clusters) == ("preallocated", image.clusters)
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_zeroed_subclusters_keep_hiding_the_base(folder, base, rewrite):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base, extended_l2="on", cluster_size=128 * KiB)
+    images.qemu_io(disk, "write -z 3M 4k", "write -z 5M 8k")
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert not images.differences(disk, copy)
+
+
+def test_zeroed_clusters_in_a_preallocated_overlay_stay_preallocated(folder, base):
+    Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+
+    images.qemu_io(folder / "disk", "write -z 3M 1M")
+
+    assert Preallocator().inspect(folder / "disk", format="qcow2").state == "preallocated"
+
+
+def test_discarded_clusters_are_seen(folder, base):
+    Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+
+    images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 3M 1M", folder / "disk")
+
+    assert Preallocator().inspect(folder / "disk", format="qcow2").state != "preallocated"
+
+
+def test_discarded_clusters_keep_hiding_the_base(folder, base):
+    disk = folder / "disk"
+    Preallocator().create(disk, 32 * MiB, str(base), backing_format="raw")
+    images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 3M 1M", disk)
+    copy = shutil.copyfile(disk, folder / "copy")
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
+
+
+# What a copy does to a file: the map survives, the space does not.
+
+
+@pytest.fixture
+def sparse_copy(folder, base):
+    """Give a preallocated overlay that rsync --sparse, say, has made holes in."""
+    Preallocator().create(folder / "original", 32 * MiB, str(base), backing_format="raw")
+    images.qemu_io(folder / "original", "write -P 0x11 1M 1M", "write -z 3M 1M")
+    images.run("cp", "--reflink=never", "--sparse=always", folder / "original", folder / "disk")
+    return folder / "disk"
+
+
+def test_sparse_copy_is_mapped_but_holds_no_space(sparse_copy):
+    assert Preallocator().inspect(sparse_copy, format="qcow2").state == "mapped"
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_sparse_copy_is_healed(sparse_copy, mode):
+    image = Preallocator(mode).preallocate(sparse_copy, format="qcow2")
+
+    assert (image.state, images.allocated(sparse_copy) >= image.file_size) == ("preallocated", True)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_healing_changes_no_byte_of_the_file(sparse_copy, folder, mode):
+    before = images.file_digest(folder / "original")
+
+    Preallocator(mode).preallocate(sparse_copy, format="qcow2")
+
+    assert images.file_digest(sparse_copy) == before
+
+
+def test_healed_disk_is_the_same_file(sparse_copy):
+    before = sparse_copy.stat().st_ino
+
+    Preallocator().preallocate(sparse_copy, format="qcow2")
+
+    assert sparse_copy.stat().st_ino == before
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder, base):
+    Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
+    images.run("cp", "--reflink=always", folder / "original", folder / "disk")
+
+    image = Preallocator().inspect(folder / "disk", format="qcow2")
+
+    assert (image.state, image.shortfall >= 32 * MiB) == ("mapped", True)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_overlay_is_unshared(folder, base):
+    Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
+    images.run("cp", "--reflink=always", folder / "original", folder / "disk")
+
+    image = Preallocator().preallocate(folder / "disk", format="qcow2")
+
+    assert (image.state, images.shared(folder / "disk")) == ("preallocated", 0)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder, base):
+    used(folder / "original", base)
+    images.run("cp", "--reflink=always", folder / "original", folder / "disk")
+
+    image = Preallocator().preallocate(folder / "disk", format="qcow2")
+
+    assert (image.state, image.shared_bytes, images.shared(folder / "disk")) == ("reserved", 0, 0)
+
+
+# What a copy by qemu-img would lose.
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_internal_snapshot_is_kept(disk, rewrite):
+    images.run("qemu-img", "snapshot", "-c", "kept", disk)
+
+    Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert [snapshot["name"] for snapshot in images.info(disk)["snapshots"]] == ["kept"]
+
+
+def test_internal_snapshot_of_a_disk_without_data_is_kept(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.run("qemu-img", "snapshot", "-c", "kept", disk)
+
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert [snapshot["name"] for snapshot in images.info(disk)["snapshots"]] == ["kept"]
+
+
+def test_disk_with_an_internal_snapshot_is_never_called_preallocated(folder, base):
+    Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+    images.run("qemu-img", "snapshot", "-c", "kept", folder / "disk")
+
+    image = Preallocator().preallocate(folder / "disk", format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_dirty_bitmap_is_kept(disk, rewrite):
+    images.run("qemu-img", "bitmap", "-f", "qcow2", "--add", disk, "kept")
+
+    Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert [found["name"] for found in images.info(disk)["format-specific"]["data"]["bitmaps"]] == ["kept"]
+
+
+def test_dirty_bitmap_of_a_disk_without_data_is_kept(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.run("qemu-img", "bitmap", "-f", "qcow2", "--add", disk, "kept")
+
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert [found["name"] for found in images.info(disk)["format-specific"]["data"]["bitmaps"]] == ["kept"]
+
+
+def test_compressed_clusters_are_not_called_mapped(folder, base):
+    disk = images.qcow2_of(folder / "disk", images.sparse_file(folder / "zeros", 0), "-c")
+    images.run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", _compressible(folder), disk)
+
+    image = Preallocator().inspect(disk, format="qcow2")
+
+    assert (image.compressed_clusters, image.mapped_clusters) == (8 * 16, 0)
+
+
+@pytest.mark.parametrize(("rewrite", "state"), [(False, "reserved"), (True, "preallocated")])
+def test_compressed_disk_reads_the_same(folder, rewrite, state):
+    source = _compressible(folder)
+    disk = images.qcow2_of(folder / "disk", source, "-c")
+
+    image = Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert (image.state, images.differences(disk, source, other_format="raw")) == (state, "")
+
+
+def _compressible(folder):
+    path = folder / "compressible"
+    path.write_bytes(b"compress me " * (8 * MiB // 12) + b"tail" * 2)
+    return path

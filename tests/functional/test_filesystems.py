@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each filesystem can promise, and what becomes of a disk where it can promise nothing."""
+
+import array
+import fcntl
+import os
+
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+from imgprealloc import exceptions
+
+KiB, MiB = 1 << 10, 1 << 20
+
+FS_IOC_GETFLAGS = 0x80086601
+NOCOW = 0x00800000
+
+HOLD_SPACE = ["ext4", "xfs", "btrfs", "tmpfs"]
+
+
+def nocow(path):
+    """Whether btrfs writes to this file in place."""
+    flags = array.array("l", [0])
+    with open(path, "rb") as file:
+        fcntl.ioctl(file.fileno(), FS_IOC_GETFLAGS, flags)
+    return bool(flags[0] & NOCOW)
+
+
+# Where space can be held.
+
+
+@pytest.mark.parametrize("kind", HOLD_SPACE)
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_new_disk_is_preallocated(folder, format, mode):
+    image = Preallocator(mode).create(folder / "disk", 32 * MiB, format=format)
+
+    assert (image.state, image.shortfall, images.allocated(folder / "disk") >= image.file_size) == (
+        "preallocated",
+        0,
+        True,
+    )
+
+
+@pytest.mark.parametrize("kind", HOLD_SPACE)
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_overlay_is_clean_and_reads_its_base(folder, base, mode):
+    disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
+
+    Preallocator(mode).preallocate(disk, format="qcow2")
+
+    assert (images.check(disk)["check-errors"], images.differences(disk, plain)) == (0, "")
+
+
+@pytest.mark.parametrize("kind", HOLD_SPACE)
+def test_second_call_writes_nothing(folder, base):
+    Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+    before = images.identity(folder / "disk")
+
+    Preallocator().preallocate(folder / "disk", format="qcow2")
+
+    assert images.identity(folder / "disk") == before
+
+
+@pytest.mark.parametrize("kind", HOLD_SPACE)
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_grown_disk_is_preallocated(folder, format):
+    Preallocator().create(folder / "disk", 16 * MiB, format=format)
+
+    image = Preallocator().resize(folder / "disk", 32 * MiB, format=format)
+
+    assert (image.state, image.shortfall) == ("preallocated", 0)
+
+
+@pytest.mark.parametrize("kind", HOLD_SPACE)
+def test_disk_with_data_is_rewritten(folder, base):
+    disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
+    for either in (disk, plain):
+        images.qemu_io(either, "write -P 0x5a 3M 1M")
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
+
+
+@pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
+def test_disk_with_data_is_reserved(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+
+    image = Preallocator().preallocate(disk, format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
+def test_holes_of_a_raw_disk_are_filled(folder):
+    disk = images.sparse_file(folder / "disk", 16 * MiB)
+
+    image = Preallocator().preallocate(disk, format="raw")
+
+    assert (image.state, images.allocated(disk) >= 16 * MiB) == ("preallocated", True)
+
+
+# btrfs copies on write, but for files that were made otherwise.
+
+
+btrfs = pytest.mark.parametrize("kind", ["btrfs"])
+
+
+@btrfs
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_new_disk_on_btrfs_is_not_copied_on_write(folder, format, mode):
+    Preallocator(mode).create(folder / "disk", 16 * MiB, format=format)
+
+    assert nocow(folder / "disk")
+
+
+@btrfs
+def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert nocow(disk)
+
+
+@btrfs
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder, format):
+    options = ["-o", "preallocation=full"]
+    images.run("qemu-img", "create", "-q", "-f", format, *options, folder / "disk", 16 * MiB)
+
+    image = Preallocator().inspect(folder / "disk", format=format)
+
+    assert (image.state, image.shortfall) == ("thin" if format == "raw" else "mapped", image.worst_case_size)
+
+
+@btrfs
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_that_is_copied_on_write_cannot_be_reserved(folder, format):
+    images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
+    images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
+
+    with pytest.raises(exceptions.UnsupportedFilesystem, match="copy on write"):
+        Preallocator().preallocate(folder / "disk", format=format)
+
+
+@btrfs
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_that_is_copied_on_write_is_rewritten(folder, format, mode):
+    images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
+    images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
+    before = images.digest(folder / "disk", format)
+
+    image = Preallocator(mode).preallocate(folder / "disk", rewrite=True, format=format)
+
+    assert (image.state, nocow(folder / "disk"), images.digest(folder / "disk", format)) == (
+        "preallocated",
+        True,
+        before,
+    )
+
+
+@btrfs
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_mode_metadata_leaves_a_disk_with_data_alone(folder, format):
+    images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
+    images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
+    before = images.identity(folder / "disk")
+
+    Preallocator("metadata").preallocate(folder / "disk", format=format)
+
+    assert images.identity(folder / "disk") == before
+
+
+@btrfs
+def test_reflinked_disk_on_btrfs_is_not_preallocated(folder):
+    Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
+    # A reflink wants both to be nocow, or neither.
+    images.run("chattr", "+C", folder)
+    images.run("cp", "--reflink=always", folder / "original", folder / "disk")
+
+    assert Preallocator().inspect(folder / "disk", format="raw").state == "thin"
+
+
+@btrfs
+def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder):
+    Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
+    images.run("chattr", "+C", folder)
+    images.run("cp", "--reflink=always", folder / "original", folder / "disk")
+    before = images.file_digest(folder / "disk")
+
+    try:
+        state = Preallocator().preallocate(folder / "disk", format="raw").state
+    except exceptions.PreallocationError:
+        state = "refused"
+
+    assert (state in ("preallocated", "refused"), images.file_digest(folder / "disk")) == (True, before)
+
+
+# ext2 has no fallocate.
+
+
+ext2 = pytest.mark.parametrize("kind", ["ext2"])
+
+
+@ext2
+def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder, base):
+    image = Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+
+    assert (image.state, image.shortfall > 0) == ("mapped", True)
+
+
+@ext2
+def test_fallback_to_metadata_does_not_write_the_disk(folder, base):
+    Preallocator().create(folder / "disk", 256 * MiB, str(base), backing_format="raw")
+
+    assert images.allocated(folder / "disk") < 2 * MiB
+
+
+@ext2
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_fallback_to_full_gives_a_new_disk_all_its_space(folder, format):
+    image = Preallocator(on_unsupported="full").create(folder / "disk", 16 * MiB, format=format)
+
+    assert (image.state, image.shortfall) == ("preallocated", 0)
+
+
+@ext2
+@pytest.mark.parametrize("on_unsupported", ["metadata", "full"])
+def test_fallback_lets_the_base_show_through(folder, base, on_unsupported):
+    disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
+
+    Preallocator(on_unsupported=on_unsupported).preallocate(disk, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@ext2
+def test_fallback_to_full_gives_an_overlay_all_its_space(folder, base):
+    image = Preallocator(on_unsupported="full").create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+
+    assert (image.state, image.shortfall) == ("preallocated", 0)
+
+
+@ext2
+def test_mode_full_needs_no_fallback(folder, base):
+    image = Preallocator("full", on_unsupported="error").create(
+        folder / "disk", 32 * MiB, str(base), backing_format="raw"
+    )
+
+    assert image.state == "preallocated"
+
+
+@ext2
+def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder):
+    disk = images.random_file(folder / "disk", MiB)
+    os.truncate(disk, 16 * MiB)
+    before = images.file_digest(disk)
+
+    image = Preallocator(on_unsupported="full").preallocate(disk, format="raw")
+
+    assert (image.state, images.file_digest(disk)) == ("preallocated", before)
+
+
+@ext2
+def test_fallback_to_full_heals_a_mapped_overlay(folder, base):
+    disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
+    Preallocator("metadata").preallocate(disk, format="qcow2")
+
+    image = Preallocator(on_unsupported="full").preallocate(disk, format="qcow2")
+
+    assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
+
+
+@ext2
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_fallback_to_full_grows_a_disk_with_all_its_space(folder, format):
+    strategy = Preallocator(on_unsupported="full")
+    strategy.create(folder / "disk", 16 * MiB, format=format)
+
+    image = strategy.resize(folder / "disk", 32 * MiB, format=format)
+
+    assert (image.state, image.shortfall) == ("preallocated", 0)
+
+
+@ext2
+def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+    before = images.identity(disk)
+
+    image = Preallocator().preallocate(disk, format="qcow2")
+
+    assert (image.state, images.identity(disk)) == ("thin", before)
+
+
+@ext2
+def test_second_call_in_a_fallback_writes_nothing(folder, base):
+    Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
+    before = images.identity(folder / "disk")
+
+    Preallocator().preallocate(folder / "disk", format="qcow2")
+
+    assert images.identity(folder / "disk") == before
+
+
+REFUSED = {
+    "create raw": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB, format="raw"),
+    "create qcow2": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB),
+    "preallocate": lambda strategy, folder: strategy.preallocate(folder / "disk", format="qcow2"),
+    "resize": lambda strategy, folder: strategy.resize(folder / "disk", 64 * MiB, format="qcow2"),
+}
+
+
+@ext2
+@pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
+def test_no_fallback_is_an_error(folder, operation):
+    images.qcow2(folder / "disk", 16 * MiB)
+
+    with pytest.raises(exceptions.UnsupportedFilesystem, match="ext2"):
+        operation(Preallocator(on_unsupported="error"), folder)
+
+
+@ext2
+@pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
+def test_no_fallback_leaves_everything_as_it_was(folder, operation):
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    before = images.identity(disk)
+
+    with pytest.raises(exceptions.UnsupportedFilesystem):
+        operation(Preallocator(on_unsupported="error"), folder)
+
+    assert (os.listdir(folder), images.identity(disk)) == (["disk"], before)
+
+
+@ext2
+def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder):
+    Preallocator("full").create(folder / "disk", 16 * MiB)
+
+    image = Preallocator(on_unsupported="error").preallocate(folder / "disk", format="qcow2")
+
+    assert image.state == "preallocated"

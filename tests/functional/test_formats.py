@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format a file is in, who says so, and what is refused: wrong words, foreign features, broken images."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import struct
+
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+from imgprealloc import Qcow2Preallocator
+from imgprealloc import RawPreallocator
+from imgprealloc import exceptions
+
+KiB, MiB = 1 << 10, 1 << 20
+
+VERBS = {
+    "inspect": lambda strategy, path, **named: strategy.inspect(path, **named),
+    "preallocate": lambda strategy, path, **named: strategy.preallocate(path, **named),
+    "rewrite": lambda strategy, path, **named: strategy.preallocate(path, rewrite=True, **named),
+    "resize": lambda strategy, path, **named: strategy.resize(path, 64 * MiB, **named),
+}
+
+each_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+
+
+# Who says so.
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_format_is_found_out_where_nobody_names_it(folder, format):
+    images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 8 * MiB)
+
+    assert Preallocator().inspect(folder / "disk").format == format
+
+
+@each_verb
+def test_raw_disk_that_is_said_to_be_qcow2_is_refused(folder, verb):
+    disk = images.random_file(folder / "disk", MiB)
+
+    with pytest.raises(exceptions.FormatMismatch):
+        verb(Preallocator(), disk, format="qcow2")
+
+
+@each_verb
+def test_raw_disk_that_is_said_to_be_qcow2_is_untouched(folder, verb):
+    disk = images.random_file(folder / "disk", MiB)
+    before = images.identity(disk)
+
+    with pytest.raises(exceptions.FormatMismatch):
+        verb(Preallocator(), disk, format="qcow2")
+
+    assert images.identity(disk) == before
+
+
+def test_strategy_for_one_format_refuses_the_other(folder):
+    images.sparse_file(folder / "disk", MiB)
+
+    with pytest.raises(exceptions.UnsupportedFormat):
+        Qcow2Preallocator().preallocate(folder / "disk", format="raw")
+
+
+def test_qcow2_file_that_is_said_to_be_raw_is_taken_for_raw(folder):
+    disk = images.qcow2(folder / "disk", 64 * MiB)
+
+    image = Preallocator().preallocate(disk, format="raw")
+
+    assert (image.format, image.state, image.file_size) == ("raw", "preallocated", disk.stat().st_size)
+
+
+def test_qcow2_file_that_is_said_to_be_raw_keeps_its_bytes(folder):
+    disk = images.qcow2(folder / "disk", 64 * MiB)
+    before = images.file_digest(disk)
+
+    RawPreallocator().preallocate(disk)
+
+    assert images.file_digest(disk) == before
+
+
+# A guest can write a qcow2 header to its raw disk. What it says is the
+# guest's word, and may name any file of the host as its backing file.
+
+
+@pytest.fixture(params=["blank", "with data", "preallocated"])
+def disguised(request, folder):
+    """Give a raw disk of 64 MiB that begins like a qcow2 image over a file of the host."""
+    secret = images.random_file(folder / "secret", 4 * MiB)
+    header = images.qcow2(folder / "header", 16 * MiB, backing=secret)
+    if request.param == "with data":
+        images.qemu_io(header, "write -P 0x5a 1M 64k")
+    if request.param == "preallocated":
+        Preallocator().preallocate(header, format="qcow2")
+    disk = images.sparse_file(folder / "disk", 64 * MiB)
+    with open(disk, "r+b") as file:
+        file.seek(40 * MiB)
+        file.write(os.urandom(MiB))
+        file.seek(0)
+        file.write(header.read_bytes())
+    return disk
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_disguised_raw_disk_keeps_its_bytes_where_nobody_names_the_format(disguised, rewrite):
+    before = images.file_digest(disguised)
+
+    Preallocator().preallocate(disguised, rewrite)
+
+    assert images.file_digest(disguised) == before
+
+
+def test_disguised_raw_disk_does_not_grow_by_a_guess(disguised):
+    before = images.file_digest(disguised)
+
+    with pytest.raises(exceptions.PreallocationError):
+        Preallocator().resize(disguised, 128 * MiB)
+
+    assert images.file_digest(disguised) == before
+
+
+def test_disguised_raw_disk_is_preallocated_by_the_word_of_the_caller(disguised):
+    before = images.file_digest(disguised)
+
+    image = Preallocator().preallocate(disguised, format="raw")
+
+    assert (image.state, images.file_digest(disguised)) == ("preallocated", before)
+
+
+def test_disguised_raw_disk_grows_by_the_word_of_the_caller(disguised, folder):
+    plain = shutil.copyfile(disguised, folder / "plain")
+    os.truncate(plain, 128 * MiB)
+
+    Preallocator().resize(disguised, 128 * MiB, format="raw")
+
+    assert images.file_digest(disguised) == images.file_digest(plain)
+
+
+# Formats and features that are not ours.
+
+
+@pytest.mark.parametrize("format", ["vmdk", "vdi", "vhdx", "vpc", "qed"])
+def test_foreign_format_is_refused(folder, format):
+    images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
+
+    with pytest.raises(exceptions.UnsupportedFormat, match=format):
+        Preallocator().preallocate(folder / "disk")
+
+
+@each_verb
+def test_foreign_format_is_refused_by_each_verb(folder, verb):
+    images.run("qemu-img", "create", "-q", "-f", "vmdk", folder / "disk", 16 * MiB)
+
+    with pytest.raises(exceptions.UnsupportedFormat, match="vmdk"):
+        verb(Preallocator(), folder / "disk")
+
+
+def test_foreign_format_is_refused_by_the_callers_word_too(folder):
+    images.run("qemu-img", "create", "-q", "-f", "vmdk", folder / "disk", 16 * MiB)
+
+    with pytest.raises(exceptions.UnsupportedFormat, match="vmdk"):
+        Preallocator().preallocate(folder / "disk", format="vmdk")
+
+
+def test_foreign_format_is_not_created(folder):
+    with pytest.raises(exceptions.UnsupportedFormat):
+        Preallocator().create(folder / "disk", 16 * MiB, format="vmdk")
+
+
+@pytest.fixture
+def data_file(folder):
+    """Give a qcow2 image whose data is in another file."""
+    return images.qcow2(folder / "disk", 16 * MiB, data_file=folder / "data")
+
+
+@each_verb
+def test_image_with_a_data_file_is_refused(data_file, verb):
+    with pytest.raises(exceptions.UnsupportedFormat, match="data-file"):
+        verb(Preallocator(), data_file, format="qcow2")
+
+
+def test_image_with_a_data_file_is_untouched(data_file):
+    before = images.identity(data_file)
+
+    with pytest.raises(exceptions.UnsupportedFormat):
+        Preallocator().preallocate(data_file, rewrite=True, format="qcow2")
+
+    assert images.identity(data_file) == before
+
+
+@pytest.fixture(scope="module")
+def luks(tmp_path_factory):
+    """Give a qcow2 image that LUKS encrypts; made once, because the key takes seconds."""
+    path = tmp_path_factory.mktemp("luks") / "disk"
+    command = (
+        "qemu-img", "create", "-q", "--object", "secret,id=key,data=secret", "-f", "qcow2",
+        "-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", path, 16 * MiB,
+    )  # fmt: skip
+    for _ in range(5):
+        # On a busy machine QEMU may be "unable to get accurate CPU usage".
+        with contextlib.suppress(AssertionError):
+            images.run(*command)
+            return path
+    images.run(*command)
+    return path
+
+
+@pytest.fixture
+def encrypted(luks, folder):
+    return pathlib.Path(shutil.copyfile(luks, folder / "disk"))
+
+
+@each_verb
+def test_encrypted_image_is_refused(encrypted, verb):
+    with pytest.raises(exceptions.UnsupportedFormat, match="encrypted"):
+        verb(Preallocator(), encrypted, format="qcow2")
+
+
+def test_encrypted_image_is_untouched(encrypted):
+    before = images.identity(encrypted)
+
+    with pytest.raises(exceptions.UnsupportedFormat):
+        Preallocator().preallocate(encrypted, rewrite=True, format="qcow2")
+
+    assert images.identity(encrypted) == before
+
+
+# Broken images.
+
+
+def cut_short(path):
+    os.truncate(path, 20000)
+
+
+def without_its_end(path):
+    os.truncate(path, path.stat().st_size // 2 + 12345)
+
+
+def marked_corrupt(path):
+    with open(path, "r+b") as file:
+        file.seek(72)
+        file.write(struct.pack(">Q", 2))
+
+
+def with_garbage_for_its_l1_table(path):
+    with open(path, "r+b") as file:
+        file.seek(40)
+        file.seek(struct.unpack(">Q", file.read(8))[0])
+        file.write(b"\xff" * 64)
+
+
+def with_two_users_of_a_cluster(path):
+    with open(path, "r+b") as file:
+        file.seek(40)
+        l1_offset = struct.unpack(">Q", file.read(8))[0]
+        file.seek(l1_offset)
+        l2_offset = struct.unpack(">Q", file.read(8))[0] & 0x00FFFFFFFFFFFE00
+        file.seek(l2_offset)
+        entry = file.read(8)
+        file.write(entry)
+
+
+def with_an_unknown_version(path):
+    with open(path, "r+b") as file:
+        file.seek(4)
+        file.write(struct.pack(">I", 77))
+
+
+def with_an_unknown_feature(path):
+    with open(path, "r+b") as file:
+        file.seek(72)
+        file.write(struct.pack(">Q", 1 << 60))
+
+
+def with_a_huge_size(path):
+    with open(path, "r+b") as file:
+        file.seek(24)
+        file.write(struct.pack(">Q", 1 << 62))
+
+
+DAMAGE = (
+    cut_short,
+    without_its_end,
+    marked_corrupt,
+    with_garbage_for_its_l1_table,
+    with_two_users_of_a_cluster,
+    with_an_unknown_version,
+    with_an_unknown_feature,
+    with_a_huge_size,
+)
+
+each_damage = pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+
+
+@pytest.fixture
+def broken(folder, damage):
+    """Give a qcow2 image with 4 MiB of data in it, damaged in one way."""
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 0 4M")
+    damage(disk)
+    return disk
+
+
+@each_damage
+@pytest.mark.parametrize("verb", [VERBS["inspect"], VERBS["resize"]], ids=["inspect", "resize"])
+def test_broken_image_is_refused(broken, verb):
+    with pytest.raises(exceptions.PreallocationError):
+        verb(Preallocator(), broken, format="qcow2")
+
+
+@each_damage
+def test_broken_image_is_untouched(broken):
+    before = images.identity(broken), images.file_digest(broken)
+
+    with pytest.raises(exceptions.PreallocationError):
+        Preallocator().preallocate(broken, rewrite=True, format="qcow2")
+
+    assert (images.identity(broken), images.file_digest(broken)) == before
+
+
+def test_image_marked_corrupt_is_called_broken(folder):
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    marked_corrupt(disk)
+
+    with pytest.raises(exceptions.BrokenImage, match="marked corrupt"):
+        Preallocator().preallocate(disk, format="qcow2")
+
+
+def test_image_with_leaked_clusters_only_is_not_called_broken(folder):
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 0 4M")
+    with open(disk, "r+b") as file:
+        file.seek(40)
+        l1_offset = struct.unpack(">Q", file.read(8))[0]
+        file.seek(l1_offset)
+        l2_offset = struct.unpack(">Q", file.read(8))[0] & 0x00FFFFFFFFFFFE00
+        file.seek(l2_offset)
+        file.write(bytes(8))
+
+    assert Preallocator().preallocate(disk, rewrite=True, format="qcow2").state == "preallocated"
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_image_that_waits_for_its_repair_is_refused_and_untouched(folder, rewrite):
+    # Its refcounts were to be written when QEMU closed it, which was killed.
+    disk = images.qcow2(folder / "disk", 16 * MiB, lazy_refcounts="on", compat="1.1")
+    images.run("sh", "-c", f"qemu-io -f qcow2 -c 'write -P 0x5a 0 4M' -c 'sigraise 9' {disk} || true")
+    before = images.identity(disk)
+
+    with pytest.raises(exceptions.BrokenImage, match="check -r"):
+        Preallocator().preallocate(disk, rewrite, format="qcow2")
+
+    assert images.identity(disk) == before
+
+
+@each_verb
+def test_overlay_whose_base_is_gone_is_an_error_of_ours(folder, base, verb):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0x5a 1M 1M")
+    base.unlink()
+
+    with pytest.raises(exceptions.PreallocationError):
+        verb(Preallocator(), disk, format="qcow2")
+
+
+def test_overlay_without_data_whose_base_is_gone_is_untouched(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    base.unlink()
+    before = images.identity(disk)
+
+    with pytest.raises(exceptions.PreallocationError):
+        Preallocator().preallocate(disk, format="qcow2")
+
+    assert (images.identity(disk), os.listdir(folder)) == (before, ["disk"])
+
+
+def test_base_that_is_gone_leaves_no_disk_at_creation(folder):
+    with pytest.raises(exceptions.PreallocationError):
+        Preallocator().create(folder / "disk", 32 * MiB, str(folder / "gone"), backing_format="raw")
+
+    assert os.listdir(folder) == []
+
+
+# What is no disk at all.
+
+
+@each_verb
+def test_missing_disk_is_told_as_such(folder, verb):
+    with pytest.raises(exceptions.DiskNotFound):
+        verb(Preallocator(), folder / "disk")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@each_verb
+def test_missing_disk_of_a_known_format_is_told_as_such(folder, verb, format):
+    with pytest.raises(exceptions.DiskNotFound):
+        verb(Preallocator(), folder / "disk", format=format)
+
+
+@each_verb
+def test_folder_is_no_disk(folder, verb):
+    with pytest.raises(exceptions.DiskNotFound):
+        verb(Preallocator(), folder)
+
+
+@each_verb
+def test_device_is_no_disk(verb):
+    with pytest.raises(exceptions.DiskNotFound):
+        verb(Preallocator(), "/dev/zero", format="raw")
+
+
+@each_verb
+def test_pipe_is_no_disk(folder, verb):
+    os.mkfifo(folder / "pipe")
+
+    with pytest.raises(exceptions.DiskNotFound):
+        verb(Preallocator(), folder / "pipe")
+
+
+@pytest.mark.parametrize("size", [0, -1, -512])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_size_that_is_none_is_refused_at_creation(folder, format, size):
+    with pytest.raises(exceptions.InvalidSize):
+        Preallocator().create(folder / "disk", size, format=format)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_size_beyond_all_reason_leaves_no_file(folder, format):
+    with pytest.raises(exceptions.PreallocationError):
+        Preallocator("metadata").create(folder / "disk", 1 << 62, format=format)
+
+    assert os.listdir(folder) == []

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A filesystem without room: an error that Nova knows, the disks as they were, and nothing left behind."""
+
+import os
+import pathlib
+import time
+
+import loop_filesystem
+from oslo_concurrency import processutils
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+from imgprealloc import exceptions
+from imgprealloc import terms
+
+KiB, MiB = 1 << 10, 1 << 20
+
+FREE = 40 * MiB
+
+
+def create_qcow2(strategy, folder):
+    strategy.create(folder / "new", 64 * MiB)
+
+
+def create_overlay(strategy, folder):
+    strategy.create(folder / "new", 64 * MiB, "base", backing_format="raw")
+
+
+def create_raw(strategy, folder):
+    strategy.create(folder / "new", 64 * MiB, format="raw")
+
+
+def preallocate_blank(strategy, folder):
+    strategy.preallocate(folder / "blank", format="qcow2")
+
+
+def rewrite(strategy, folder):
+    strategy.preallocate(folder / "used", rewrite=True, format="qcow2")
+
+
+def reserve(strategy, folder):
+    strategy.preallocate(folder / "used", format="qcow2")
+
+
+def fill_raw(strategy, folder):
+    strategy.preallocate(folder / "raw", format="raw")
+
+
+def grow(strategy, folder):
+    strategy.resize(folder / "grown", 72 * MiB, format="qcow2")
+
+
+def grow_raw(strategy, folder):
+    strategy.resize(folder / "raw", 128 * MiB, format="raw")
+
+
+WITH_A_NEW_FILE = (create_qcow2, create_overlay, create_raw, preallocate_blank, rewrite)
+IN_PLACE = (reserve, fill_raw, grow, grow_raw)
+
+each_operation = pytest.mark.parametrize("operation", WITH_A_NEW_FILE + IN_PLACE, ids=lambda found: found.__name__)
+each_with_a_new_file = pytest.mark.parametrize("operation", WITH_A_NEW_FILE, ids=lambda found: found.__name__)
+each_mode = pytest.mark.parametrize("mode", ["falloc", "full"])
+each_filesystem = pytest.mark.parametrize("kind", ["ext4", "xfs"])
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory):
+    """Give one disk of each sort, to be copied."""
+    folder = tmp_path_factory.mktemp("disks")
+    images.random_file(folder / "base", 8 * MiB)
+    for name in ("blank", "used"):
+        images.qcow2(folder / name, 64 * MiB, backing="base")
+    images.qemu_io(folder / "used", "write -P 0x5a 3M 1M")
+    Preallocator().create(folder / "grown", 8 * MiB, "base", backing_format="raw")
+    images.sparse_file(folder / "raw", 64 * MiB)
+    return folder
+
+
+@pytest.fixture
+def small(kind, disks):
+    """Give a filesystem with one disk of each sort, all of 64 MiB, and 40 MiB free."""
+    with loop_filesystem.mounted(kind, 400 * MiB) as mount_point:
+        images.run("cp", "--sparse=always", *disks.iterdir(), mount_point)
+        # The copy has made holes in it.
+        images.run("fallocate", "-n", "-l", (disks / "grown").stat().st_size, f"{mount_point}/grown")
+        images.run("fallocate", "-l", images.free(mount_point) - FREE, f"{mount_point}/filler")
+        yield pathlib.Path(mount_point)
+
+
+@pytest.fixture
+def taken_meanwhile(monkeypatch):
+    """Let the space seem to be there when it is asked for, as if another process had taken it just then."""
+    monkeypatch.setattr(terms, "require_space", lambda path, needed: None)
+
+
+def files_in(folder):
+    """Return all that a failure could change in files, but for their space."""
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    return {
+        name: (path.stat().st_ino, images.file_digest(path) if name != "filler" else "") for name, path in files.items()
+    }
+
+
+def freed(folder, expected):
+    """Return the bytes that are free once the filesystem has cleared away what was removed; XFS takes its time."""
+    deadline = time.monotonic() + 10
+    while images.free(folder) < expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return images.free(folder)
+
+
+@each_operation
+def test_lack_of_space_is_told_as_such(small, operation):
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(), small)
+
+
+@each_operation
+@each_mode
+def test_lack_of_space_that_comes_about_half_way_is_told_as_such(small, taken_meanwhile, operation, mode):
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(mode), small)
+
+
+def test_lack_of_space_is_a_process_error_as_nova_expects(small):
+    with pytest.raises(processutils.ProcessExecutionError) as caught:
+        create_overlay(Preallocator(), small)
+
+    assert "No space left on device" in caught.value.stderr
+
+
+def test_lack_of_space_half_way_is_a_process_error_as_nova_expects(small, taken_meanwhile):
+    with pytest.raises(processutils.ProcessExecutionError) as caught:
+        create_overlay(Preallocator(), small)
+
+    assert "No space left on device" in caught.value.stderr
+
+
+@each_operation
+def test_error_names_the_disk_and_not_a_file_that_was_made_for_it(small, taken_meanwhile, operation):
+    with pytest.raises(exceptions.NoSpace) as caught:
+        operation(Preallocator(), small)
+
+    assert os.path.basename(caught.value.path) in ("new", "blank", "used", "grown", "raw")
+
+
+@each_operation
+def test_lack_of_space_changes_no_file_and_leaves_none(small, operation):
+    before = files_in(small)
+
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(), small)
+
+    assert files_in(small) == before
+
+
+@each_with_a_new_file
+@each_mode
+def test_lack_of_space_half_way_changes_no_file_and_leaves_none(small, taken_meanwhile, operation, mode):
+    before = files_in(small)
+
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(mode), small)
+
+    assert files_in(small) == before
+
+
+@each_filesystem
+@each_operation
+def test_lack_of_space_leaves_as_much_space_as_there_was(small, operation):
+    before = images.free(small)
+
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(), small)
+
+    assert freed(small, before) >= before
+
+
+@each_with_a_new_file
+@each_mode
+def test_lack_of_space_half_way_leaves_as_much_space_as_there_was(small, taken_meanwhile, operation, mode):
+    before = images.free(small)
+
+    with pytest.raises(exceptions.NoSpace):
+        operation(Preallocator(mode), small)
+
+    assert freed(small, before) >= before
+
+
+@each_mode
+def test_disk_that_could_not_grow_is_still_preallocated(small, taken_meanwhile, mode):
+    before = images.digest(small / "grown")
+
+    with pytest.raises(exceptions.NoSpace):
+        grow(Preallocator(mode), small)
+
+    image = Preallocator().inspect(small / "grown", format="qcow2")
+    assert (image.state, image.virtual_size, images.digest(small / "grown")) == ("preallocated", 8 * MiB, before)
+
+
+@each_mode
+def test_disk_that_could_not_grow_has_taken_a_cluster_at_the_most(small, taken_meanwhile, mode):
+    before = images.free(small)
+
+    with pytest.raises(exceptions.NoSpace):
+        grow(Preallocator(mode), small)
+
+    assert freed(small, before - 256 * KiB) >= before - 256 * KiB
+
+
+@each_mode
+def test_disk_that_could_not_grow_grows_once_there_is_room(small, taken_meanwhile, mode):
+    with pytest.raises(exceptions.NoSpace):
+        grow(Preallocator(mode), small)
+    (small / "filler").unlink()
+
+    assert Preallocator(mode).resize(small / "grown", 72 * MiB, format="qcow2").state == "preallocated"
+
+
+def test_disk_is_replaced_once_there_is_room(small):
+    with pytest.raises(exceptions.NoSpace):
+        preallocate_blank(Preallocator(), small)
+    (small / "filler").unlink()
+
+    assert Preallocator().preallocate(small / "blank", format="qcow2").state == "preallocated"
+
+
+@each_mode
+def test_raw_disk_that_could_not_be_filled_reads_the_same(small, taken_meanwhile, mode):
+    before = images.file_digest(small / "raw")
+
+    with pytest.raises(exceptions.NoSpace):
+        fill_raw(Preallocator(mode), small)
+
+    assert images.file_digest(small / "raw") == before
+
+
+@each_filesystem
+def test_filesystem_full_to_the_last_byte_lets_a_preallocated_disk_be(tight):
+    Preallocator().create(tight / "disk", 32 * MiB)
+    loop_filesystem.fill(str(tight))
+
+    assert Preallocator().preallocate(tight / "disk", format="qcow2").state == "preallocated"
+
+
+@each_filesystem
+def test_mode_metadata_without_any_room_leaves_no_file(tight):
+    images.random_file(tight / "base", MiB)
+    loop_filesystem.fill(str(tight))
+    before = set(os.listdir(tight))
+
+    with pytest.raises(exceptions.NoSpace):
+        Preallocator("metadata").create(tight / "disk", 8192 * MiB, "base", backing_format="raw")
+
+    assert set(os.listdir(tight)) == before
+
+
+def test_disk_in_mode_metadata_is_found_out_to_be_short_of_space(tight):
+    image = Preallocator("metadata").create(tight / "disk", 64 * MiB)
+
+    assert (image.state, image.shortfall >= 64 * MiB) == ("mapped", True)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""raw: holes filled, shared extents unshared, and not a byte changed."""
+
+import os
+
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+from imgprealloc import RawPreallocator
+from imgprealloc import exceptions
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+def with_holes(path):
+    """Make a raw disk of 16 MiB with random data in every second MiB."""
+    images.sparse_file(path, 16 * MiB)
+    with open(path, "r+b") as file:
+        for start in range(0, 16 * MiB, 2 * MiB):
+            file.seek(start)
+            file.write(os.urandom(MiB))
+        os.fsync(file.fileno())
+    return path
+
+
+def reflinked(path, source):
+    """Copy a file as Nova's cp does, by sharing its extents."""
+    images.run("cp", "--reflink=always", source, path)
+    return path
+
+
+@pytest.fixture
+def disk(folder):
+    return with_holes(folder / "disk")
+
+
+def test_created_disk_is_preallocated_with_nothing_short(folder):
+    image = Preallocator().create(folder / "disk", 16 * MiB, format="raw")
+
+    assert (image.state, image.shortfall) == ("preallocated", 0)
+
+
+def test_created_disk_takes_all_its_space(folder):
+    Preallocator().create(folder / "disk", 16 * MiB, format="raw")
+
+    assert images.allocated(folder / "disk") >= 16 * MiB
+
+
+def test_created_disk_reads_as_zeros(folder):
+    zeros = images.sparse_file(folder / "zeros", 16 * MiB)
+
+    RawPreallocator().create(folder / "disk", 16 * MiB)
+
+    assert images.file_digest(folder / "disk") == images.file_digest(zeros)
+
+
+@pytest.mark.parametrize("size", [1, 100, 513, 4097, 16 * MiB + 100])
+def test_created_disk_of_no_whole_sectors_is_preallocated(folder, size):
+    image = RawPreallocator().create(folder / "disk", size)
+
+    assert (image.state, image.virtual_size) == ("preallocated", -(-size // 512) * 512)
+
+
+def test_mode_metadata_creates_a_thin_disk(folder):
+    image = RawPreallocator("metadata").create(folder / "disk", 16 * MiB)
+
+    # QEMU writes a first block, to find out how it is to be aligned.
+    assert (image.state, image.shortfall) == ("thin", 16 * MiB - 4096)
+
+
+def test_mode_full_creates_a_disk_that_is_written(folder):
+    RawPreallocator("full").create(folder / "disk", 16 * MiB)
+
+    assert images.unwritten(folder / "disk") == 0
+
+
+def test_mode_falloc_creates_a_disk_that_is_not_written(folder):
+    RawPreallocator("falloc").create(folder / "disk", 16 * MiB)
+
+    assert images.unwritten(folder / "disk") >= 16 * MiB - 4096
+
+
+def test_disk_with_holes_is_thin(disk):
+    image = Preallocator().inspect(disk, format="raw")
+
+    assert (image.state, image.shortfall) == ("thin", 8 * MiB)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_holes_are_filled(disk, mode):
+    image = Preallocator(mode).preallocate(disk, format="raw")
+
+    assert (image.state, images.allocated(disk) >= 16 * MiB) == ("preallocated", True)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_filling_changes_no_byte(disk, mode):
+    before = images.file_digest(disk)
+
+    Preallocator(mode).preallocate(disk, format="raw")
+
+    assert images.file_digest(disk) == before
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_filled_disk_is_the_same_file(disk, mode):
+    before = disk.stat().st_ino
+
+    Preallocator(mode).preallocate(disk, format="raw")
+
+    assert disk.stat().st_ino == before
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_second_call_writes_nothing(disk, mode):
+    Preallocator(mode).preallocate(disk, format="raw")
+    before = images.identity(disk)
+
+    Preallocator(mode).preallocate(disk, format="raw")
+
+    assert images.identity(disk) == before
+
+
+def test_mode_metadata_leaves_a_raw_disk_alone(disk):
+    before = images.identity(disk)
+
+    Preallocator("metadata").preallocate(disk, format="raw")
+
+    assert images.identity(disk) == before
+
+
+def test_mode_full_writes_the_holes(disk):
+    Preallocator("full").preallocate(disk, format="raw")
+
+    assert images.unwritten(disk) == 0
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder):
+    disk = images.sparse_file(folder / "disk", 16 * MiB)
+    images.run("fallocate", "-n", "-l", 8 * MiB, disk)
+    with open(disk, "r+b") as file:
+        for start in range(0, 8 * MiB, MiB):
+            file.seek(start + 12345)
+            file.write(os.urandom(300 * KiB))
+    # Not synced: the extent map calls all of it unwritten still.
+    before = images.file_digest(disk)
+
+    Preallocator("full").preallocate(disk, format="raw")
+
+    assert images.file_digest(disk) == before
+
+
+def test_mode_full_writes_the_unwritten_parts_beside_dirty_data(folder):
+    disk = images.sparse_file(folder / "disk", 16 * MiB)
+    images.run("fallocate", "-n", "-l", 8 * MiB, disk)
+    with open(disk, "r+b") as file:
+        file.write(os.urandom(300 * KiB))
+
+    Preallocator("full").preallocate(disk, format="raw")
+
+    assert images.unwritten(disk) == 0
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_hole_at_the_very_end_is_filled(folder, mode):
+    disk = images.random_file(folder / "disk", MiB)
+    os.truncate(disk, 4 * MiB + 100)
+
+    image = Preallocator(mode).preallocate(disk, format="raw")
+
+    assert (image.state, image.file_size) == ("preallocated", 4 * MiB + 100)
+
+
+def test_disk_that_is_one_hole_is_filled(folder):
+    disk = images.sparse_file(folder / "disk", 16 * MiB)
+
+    assert Preallocator().preallocate(disk, format="raw").state == "preallocated"
+
+
+def test_empty_disk_has_nothing_to_preallocate(folder):
+    disk = images.sparse_file(folder / "disk", 0)
+
+    assert Preallocator().preallocate(disk, format="raw").shortfall == 0
+
+
+def test_disk_without_holes_is_preallocated_already(folder):
+    disk = images.random_file(folder / "disk", 4 * MiB)
+
+    assert Preallocator().inspect(disk, format="raw").state == "preallocated"
+
+
+def test_holes_that_a_sparse_copy_made_are_healed(folder, disk):
+    Preallocator().preallocate(disk, format="raw")
+    copy = folder / "copy"
+    images.run("cp", "--reflink=never", "--sparse=always", disk, copy)
+
+    states = Preallocator().inspect(copy, format="raw").state, Preallocator().preallocate(copy, format="raw").state
+
+    assert states == ("thin", "preallocated")
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_disk_is_not_preallocated(folder):
+    base = images.random_file(folder / "base", 16 * MiB)
+
+    image = Preallocator().inspect(reflinked(folder / "disk", base), format="raw")
+
+    assert (image.state, image.shared_bytes, image.shortfall) == ("thin", 16 * MiB, 16 * MiB)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_disk_is_not_mended_by_fallocate(folder):
+    base = images.random_file(folder / "base", 16 * MiB)
+    disk = reflinked(folder / "disk", base)
+
+    images.run("fallocate", "-n", "-l", 16 * MiB, disk)
+
+    assert images.shared(disk) == 16 * MiB
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_reflinked_disk_is_unshared(folder, mode):
+    disk = reflinked(folder / "disk", images.random_file(folder / "base", 16 * MiB))
+
+    image = Preallocator(mode).preallocate(disk, format="raw")
+
+    assert (image.state, images.shared(disk)) == ("preallocated", 0)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_unsharing_changes_no_byte_of_either(folder, mode):
+    base = with_holes(folder / "base")
+    before = images.file_digest(base)
+    disk = reflinked(folder / "disk", base)
+
+    Preallocator(mode).preallocate(disk, format="raw")
+
+    assert (images.file_digest(disk), images.file_digest(base)) == (before, before)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder):
+    disk = reflinked(folder / "disk", images.random_file(folder / "base", 8 * MiB + 100))
+    os.truncate(disk, 16 * MiB)
+
+    image = Preallocator().preallocate(disk, format="raw")
+
+    assert (image.state, image.shortfall, image.shared_bytes) == ("preallocated", 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_disk_in_thousands_of_shared_pieces_is_unshared(folder):
+    base = images.sparse_file(folder / "base", 16 * MiB)
+    with open(base, "r+b") as file:
+        for start in range(0, 16 * MiB, 8 * KiB):
+            os.pwrite(file.fileno(), b"\x5a" * 4096, start)
+    disk = reflinked(folder / "disk", base)
+
+    image = Preallocator().preallocate(disk, format="raw")
+
+    assert (image.state, images.shared(disk)) == ("preallocated", 0)
+
+
+def test_raw_disk_has_no_backing_file(folder):
+    with pytest.raises(exceptions.UnsupportedFormat):
+        Preallocator().create(folder / "disk", 16 * MiB, "base", format="raw")

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing: the new part is preallocated, reads as zeros, and the old part is as it was.
+
+The oracle is a plain thin disk that got the same writes and stock qemu-img's
+own resize.
+"""
+
+import os
+
+import pytest
+
+from functional import images
+from imgprealloc import Preallocator
+from imgprealloc import exceptions
+
+KiB, MiB = 1 << 10, 1 << 20
+
+MODES = ("falloc", "full", "metadata")
+
+# Base, old size, new size. A cluster has 128 KiB.
+GROWTHS = {
+    "from aligned to aligned": (8 * MiB, 12 * MiB, 20 * MiB),
+    "from and to inside a cluster": (8 * MiB, 12 * MiB + 512, 20 * MiB + 512),
+    "within the last cluster": (8 * MiB, 12 * MiB + 512, 12 * MiB + 1024),
+    "to the last cluster's end": (8 * MiB, 12 * MiB + 512, 12 * MiB + 128 * KiB),
+    "from inside a subcluster": (8 * MiB, 12 * MiB + 66 * KiB, 20 * MiB),
+    "by one sector over a cluster's end": (8 * MiB, 12 * MiB, 12 * MiB + 512),
+    "base of odd size": (8 * MiB + 300, 12 * MiB + 512, 20 * MiB),
+    "base as long as the disk": (12 * MiB, 12 * MiB, 20 * MiB),
+    "base longer, aligned": (16 * MiB, 12 * MiB, 20 * MiB),
+    "base longer, inside a cluster": (16 * MiB + 300, 12 * MiB + 512, 20 * MiB),
+    "base longer, inside a subcluster": (16 * MiB + 300, 12 * MiB + 66 * KiB, 20 * MiB + 512),
+    "base longer than the grown disk": (24 * MiB, 12 * MiB + 512, 20 * MiB + 512),
+    "base longer, within the last cluster": (16 * MiB, 12 * MiB + 512, 12 * MiB + 4096),
+    "base longer by less than a cluster": (12 * MiB + 120 * KiB, 12 * MiB + 66 * KiB, 20 * MiB),
+    "base ends in the disk's last cluster": (12 * MiB + 60 * KiB + 100, 12 * MiB + 66 * KiB, 20 * MiB),
+    "base empty": (0, 12 * MiB + 512, 20 * MiB),
+    "disk of one sector": (8 * MiB, 512, 20 * MiB),
+}
+
+# Those that each wrong idea of the base's end would spoil.
+HARD = {
+    name: GROWTHS[name]
+    for name in (
+        "from and to inside a cluster",
+        "base of odd size",
+        "base longer, inside a subcluster",
+        "base longer by less than a cluster",
+        "base ends in the disk's last cluster",
+    )
+}
+
+
+@pytest.fixture
+def pair(folder):
+    """Give a function that makes a preallocated overlay and a plain one, with the same data in them."""
+
+    def pair(base_size, size, mode="falloc", format="raw"):
+        base = images.random_file(folder / "base", base_size)
+        if format == "qcow2":
+            base = images.qcow2_of(folder / "base.qcow2", base)
+        plain = images.qcow2(folder / "plain", size, backing=base, backing_format=format)
+        Preallocator(mode).create(folder / "disk", size, str(base), backing_format=format)
+        for disk in (plain, folder / "disk"):
+            images.qemu_io(disk, "write -P 0x5a 0 512", f"write -P 0xa5 {size - 512} 512")
+        return folder / "disk", plain
+
+    return pair
+
+
+def grow_plainly(path, size):
+    images.run("qemu-img", "resize", "-q", "-f", "qcow2", path, size)
+
+
+@pytest.mark.parametrize(("base_size", "old", "new"), GROWTHS.values(), ids=GROWTHS)
+def test_grown_overlay_reads_like_one_grown_by_qemu(pair, base_size, old, new):
+    disk, plain = pair(base_size, old)
+    grow_plainly(plain, new)
+
+    Preallocator().resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", ["full", "metadata"])
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_overlay_grown_in_another_mode_reads_like_one_grown_by_qemu(pair, base_size, old, new, mode):
+    disk, plain = pair(base_size, old, mode)
+    grow_plainly(plain, new)
+
+    Preallocator(mode).resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_grown_overlay_over_a_qcow2_base_reads_like_one_grown_by_qemu(pair, base_size, old, new):
+    disk, plain = pair(base_size, old, format="qcow2")
+    grow_plainly(plain, new)
+
+    Preallocator().resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize(("base_size", "old", "new"), GROWTHS.values(), ids=GROWTHS)
+def test_grown_overlay_is_preallocated_and_clean(pair, base_size, old, new):
+    disk, _ = pair(base_size, old)
+
+    image = Preallocator().resize(disk, new, format="qcow2")
+
+    assert (image.state, image.virtual_size, images.check(disk)["check-errors"]) == ("preallocated", new, 0)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_grown_part_has_its_subclusters_allocated(pair, base_size, old, new, mode):
+    disk, _ = pair(base_size, old, mode)
+
+    Preallocator(mode).resize(disk, new, format="qcow2")
+
+    # From the next cluster on, unless the base is longer than the old disk
+    # and ends behind it: then all of the grown part hides it.
+    assert images.allocated_from(disk) <= min(-(-old // (128 * KiB)) * 128 * KiB, new)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_grown_overlay_has_every_cluster_mapped(pair, mode):
+    disk, _ = pair(8 * MiB, 12 * MiB, mode)
+
+    Preallocator(mode).resize(disk, 20 * MiB, format="qcow2")
+
+    assert images.check(disk)["allocated-clusters"] == 20 * MiB // (128 * KiB)
+
+
+def test_grown_overlay_has_no_hole_in_its_file(pair):
+    disk, _ = pair(8 * MiB, 12 * MiB)
+
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert images.allocated(disk) >= disk.stat().st_size
+
+
+def test_grown_overlay_keeps_its_base(pair):
+    disk, plain = pair(8 * MiB, 12 * MiB)
+
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert images.info(disk)["full-backing-filename"] == images.info(plain)["full-backing-filename"]
+
+
+def test_growing_leaves_nothing_beside_the_disk(pair):
+    disk, _ = pair(8 * MiB, 12 * MiB)
+
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert sorted(os.listdir(disk.parent)) == ["base", "disk", "plain"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_overlay_that_grows_again_and_again_reads_like_one_grown_by_qemu(pair, mode):
+    disk, plain = pair(16 * MiB + 300, 4 * MiB + 512, mode)
+
+    for size in (5 * MiB, 9 * MiB + 512, 9 * MiB + 1024, 15 * MiB + 66 * KiB, 15 * MiB + 100 * KiB, 21 * MiB + 512):
+        Preallocator(mode).resize(disk, size, format="qcow2")
+        grow_plainly(plain, size)
+        for either in (disk, plain):
+            images.qemu_io(either, f"write -P 0x77 {size - 70000 // 512 * 512} 512")
+
+    assert not images.differences(disk, plain)
+
+
+def test_overlay_that_grows_again_and_again_stays_preallocated(pair):
+    disk, _ = pair(8 * MiB + 300, 4 * MiB + 512)
+
+    states = {Preallocator().resize(disk, size, format="qcow2").state for size in (5 * MiB, 9 * MiB + 512, 21 * MiB)}
+
+    assert states == {"preallocated"}
+
+
+def test_overlay_can_be_grown_in_a_mode_of_its_own_each_time(pair):
+    disk, plain = pair(8 * MiB + 300, 4 * MiB + 512, "metadata")
+
+    for mode, size in (("full", 9 * MiB), ("metadata", 12 * MiB + 512), ("falloc", 16 * MiB)):
+        Preallocator(mode).resize(disk, size, format="qcow2")
+        grow_plainly(plain, size)
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_stock_overlay_reads_the_same_when_it_grew(folder, base_size, old, new, mode):
+    base = images.random_file(folder / "base", base_size)
+    disk, plain = (images.qcow2(folder / name, old, backing=base) for name in ("disk", "plain"))
+    for either in (disk, plain):
+        images.qemu_io(either, f"write -P 0xa5 {old - 512} 512")
+    grow_plainly(plain, new)
+
+    Preallocator(mode).resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+def test_stock_overlay_has_its_grown_part_mapped(folder):
+    base = images.random_file(folder / "base", 8 * MiB)
+    disk = images.qcow2(folder / "disk", 12 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0xa5 0 64k")
+
+    image = Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert (image.mapped_clusters, image.clusters) == (1 + 8 * 16, 20 * 16)
+
+
+def test_stock_overlay_that_was_reserved_is_reserved_after_growth(folder):
+    base = images.random_file(folder / "base", 8 * MiB)
+    disk = images.qcow2(folder / "disk", 12 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0xa5 0 64k")
+    Preallocator().preallocate(disk, format="qcow2")
+
+    image = Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+
+
+def test_reserved_disk_stays_within_its_bound_when_it_grew(folder):
+    base = images.random_file(folder / "base", 8 * MiB)
+    disk = images.qcow2(folder / "disk", 12 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0xa5 0 64k")
+    Preallocator().preallocate(disk, format="qcow2")
+
+    image = Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    images.qemu_io(disk, *(f"write -P 0x5a {start}M 1M" for start in reversed(range(20))))
+    assert disk.stat().st_size <= image.worst_case_size
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("old", "new"), [(12 * MiB, 20 * MiB), (12 * MiB + 512, 20 * MiB + 512)])
+def test_disk_without_a_base_keeps_its_content(folder, old, new, mode):
+    disk, plain = images.qcow2(folder / "disk", old), images.qcow2(folder / "plain", old)
+    for either in (disk, plain):
+        images.qemu_io(either, f"write -P 0xa5 {old - 512} 512")
+    Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+    grow_plainly(plain, new)
+
+    Preallocator(mode).resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disk_without_a_base_stays_what_it_was(folder, mode):
+    before = Preallocator(mode).create(folder / "disk", 12 * MiB)
+
+    after = Preallocator(mode).resize(folder / "disk", 20 * MiB, format="qcow2")
+
+    assert after.state == before.state
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("old", [12 * MiB, 12 * MiB + 100])
+def test_raw_disk_keeps_its_content(folder, old, mode):
+    disk = images.random_file(folder / "disk", old)
+    plain = folder / "plain"
+    images.run("cp", disk, plain)
+    os.truncate(plain, 20 * MiB)
+
+    Preallocator(mode).resize(disk, 20 * MiB, format="raw")
+
+    assert images.file_digest(disk) == images.file_digest(plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_raw_disk_has_its_grown_part_as_the_mode_says(folder, mode):
+    disk = images.random_file(folder / "disk", 12 * MiB)
+
+    image = Preallocator(mode).resize(disk, 20 * MiB, format="raw")
+
+    assert image.shortfall == (8 * MiB if mode == "metadata" else 0)
+
+
+def test_raw_disk_in_mode_full_has_its_grown_part_written(folder):
+    disk = images.random_file(folder / "disk", 12 * MiB)
+
+    Preallocator("full").resize(disk, 20 * MiB, format="raw")
+
+    assert images.unwritten(disk) == 0
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("size", [12 * MiB, 12 * MiB - 512])
+def test_disk_does_not_shrink(folder, format, size):
+    Preallocator().create(folder / "disk", 12 * MiB, format=format)
+
+    with pytest.raises(exceptions.InvalidSize):
+        Preallocator().resize(folder / "disk", size, format=format)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_that_may_not_shrink_is_untouched(folder, format):
+    Preallocator().create(folder / "disk", 12 * MiB, format=format)
+    before = images.identity(folder / "disk")
+
+    with pytest.raises(exceptions.InvalidSize):
+        Preallocator().resize(folder / "disk", 4 * MiB, format=format)
+
+    assert images.identity(folder / "disk") == before
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_grown_to_no_whole_sectors_is_as_large_as_a_new_one(folder, format):
+    Preallocator().create(folder / "disk", 12 * MiB, format=format)
+
+    image = Preallocator().resize(folder / "disk", 20 * MiB + 100, format=format)
+
+    assert image.virtual_size == 20 * MiB + 512
+
+
+def test_disk_with_an_internal_snapshot_can_grow(folder):
+    disk = images.qcow2(folder / "disk", 12 * MiB)
+    images.qemu_io(disk, "write -P 0xa5 0 1M")
+    images.run("qemu-img", "snapshot", "-c", "before", disk)
+
+    image = Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert (image.virtual_size, image.snapshots) == (20 * MiB, 1)
+
+
+def test_growing_after_trim_like_writes_reads_like_one_grown_by_qemu(pair):
+    disk, plain = pair(16 * MiB + 300, 12 * MiB + 66 * KiB)
+    for either in (disk, plain):
+        images.qemu_io(either, f"write -z {12 * MiB - 64 * KiB} 128k", "write -z 1M 4096")
+    grow_plainly(plain, 20 * MiB)
+
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.fixture
+def trimmed(folder):
+    """Give a preallocated disk whose guest has trimmed its second half, with discard=unmap, and a plain one."""
+    disk = folder / "disk"
+    Preallocator().create(disk, 16 * MiB)
+    plain = images.qcow2(folder / "plain", 16 * MiB)
+    for either in (disk, plain):
+        images.qemu_io(either, "write -P 0x5a 0 16M")
+        images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 8M 8M", either)
+    return disk, plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disk_whose_end_was_trimmed_grows(trimmed, mode):
+    # By less than was trimmed: its file is longer than the grown one would be.
+    disk, plain = trimmed
+    grow_plainly(plain, 20 * MiB)
+
+    image = Preallocator(mode).resize(disk, 20 * MiB, format="qcow2")
+
+    assert (image.virtual_size, images.differences(disk, plain)) == (20 * MiB, "")
+
+
+def test_disk_whose_end_was_trimmed_has_its_grown_part_mapped(trimmed):
+    disk, _ = trimmed
+
+    image = Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert image.mapped_clusters >= 12 * 16
+
+
+def test_overlay_without_data_reads_the_same_when_it_grew(folder):
+    base = images.random_file(folder / "base", 8 * MiB + 300)
+    disk, plain = (images.qcow2(folder / name, 4 * MiB, backing=base) for name in ("disk", "plain"))
+    grow_plainly(plain, 20 * MiB)
+
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+def test_overlay_without_data_that_grew_is_preallocated_then(folder):
+    base = images.random_file(folder / "base", 8 * MiB + 300)
+    disk, plain = (images.qcow2(folder / name, 4 * MiB, backing=base) for name in ("disk", "plain"))
+    grow_plainly(plain, 20 * MiB)
+    Preallocator().resize(disk, 20 * MiB, format="qcow2")
+
+    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert (image.state, images.differences(disk, plain)) == ("preallocated", "")

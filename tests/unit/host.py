@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host whose programs are played: processutils.execute answers, and nothing is started.
+
+Programs records what is run and answers as it is told. Host knows disks too: its
+qemu-img, fallocate(1) and extent map agree about the small sparse files of a
+test, as far as the library looks at them. What qemu-img refuses, Host refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import struct
+import threading
+from typing import Any
+
+import fixtures
+from oslo_concurrency import processutils
+from oslo_utils import units
+
+from imgprealloc import fallocate
+from imgprealloc import filesystem
+from imgprealloc.filesystem import Filesystem
+
+from . import qcow2_file
+
+SIZE = 16 * units.Mi
+"""The virtual size of a disk, where a test does not care."""
+
+ENOSPC = "No space left on device"
+EDQUOT = "Disk quota exceeded"
+
+_METADATA = units.Mi
+# What falloc leaves out of its own metadata (facts.md: 56 KiB).
+_SMALL_HOLES = 56 * units.Ki
+_EMPTY_FILE = 256 * units.Ki
+
+_READERS = ("info", "check", "measure", "--version")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program that was run."""
+
+    argv: tuple[str, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """qemu-img's sub-command, what a process of our own does, or the program."""
+        if self.argv[0] == "qemu-img":
+            return self.argv[1]
+        return self.argv[3] if "-m" in self.argv else os.path.basename(self.argv[0])
+
+    def after(self, option: str) -> str | None:
+        """Return the word after an option, if the option was given."""
+        return self.argv[self.argv.index(option) + 1] if option in self.argv else None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What was given with -o."""
+        return csv(self.after("-o") or "")
+
+    @property
+    def limits(self) -> processutils.ProcessLimits | None:
+        return self.kwargs.get("prlimit")
+
+
+def csv(text: str) -> dict[str, str]:
+    """Split QEMU's key=value list; a doubled comma belongs to the value."""
+    words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",") if word]
+    return dict(word.split("=", 1) for word in words)
+
+
+class Programs(fixtures.Fixture):
+    """In place of processutils.execute: record each call, and answer what the test has laid ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.answers: dict[str, Callable[[Call], str]] = {}
+        # By name: what happens meanwhile.
+        self.then: dict[str, Callable[[], Any]] = {}
+        self._ends: dict[str, tuple[int, str]] = {}
+        self._missing: set[str] = set()
+        # info and check run side by side.
+        self._lock = threading.Lock()
+
+    def _setUp(self) -> None:
+        self.useFixture(fixtures.MockPatch("oslo_concurrency.processutils.execute", self._execute))
+        self.useFixture(fixtures.MockPatch("shutil.which", self._which))
+
+    def ends(self, name: str, status: int, stderr: str = "") -> None:
+        """From now on let a program end with a status, negative for a signal."""
+        self._ends[name] = (status, stderr)
+
+    def uninstall(self, program: str) -> None:
+        """Let a program not be there."""
+        self._missing.add(program)
+
+    def run(self, *names: str) -> list[Call]:
+        """Return the calls of these programs, in order."""
+        return [call for call in self.calls if call.name in names]
+
+    @property
+    def changes(self) -> list[str]:
+        """The names of the programs that ran, in order, less those that only look."""
+        return [call.name for call in self.calls if call.name not in _READERS]
+
+    def _execute(self, *argv: str, **kwargs: Any) -> tuple[str, str]:
+        call = Call(argv, kwargs)
+        with self._lock:
+            self.calls.append(call)
+            if argv[0] in self._missing:
+                self._fail_to_start(call)
+            status, stderr = self._ends.get(call.name, (0, ""))
+            answer = self.answers.get(call.name)
+            stdout = "" if status == 1 or status < 0 or answer is None else answer(call)
+            self.then.get(call.name, lambda: None)()
+        if status not in kwargs.get("check_exit_code", [0]):
+            raise failure(call, status, stderr)
+        return stdout, stderr
+
+    def _which(self, program: str, *how: Any, **more: Any) -> str | None:
+        return None if program in self._missing else f"/usr/bin/{program}"
+
+    def _fail_to_start(self, call: Call) -> None:
+        if call.limits is None:
+            raise FileNotFoundError(2, "No such file or directory", call.argv[0])
+        raise failure(
+            call, 1, f"python -m oslo_concurrency.prlimit: failed to execute {call.argv[0]}: [Errno 2] No such file"
+        )
+
+
+def failure(call: Call, status: int, stderr: str) -> processutils.ProcessExecutionError:
+    return processutils.ProcessExecutionError(stdout="", stderr=stderr, exit_code=status, cmd=" ".join(call.argv))
+
+
+@dataclasses.dataclass
+class Disk:
+    """What there is to know about a file, as far as qemu-img and the filesystem tell it."""
+
+    format: str
+    virtual_size: int
+    cluster_size: int = 64 * units.Ki
+    backing_file: str | None = None
+    backing_format: str | None = None
+    extended_l2: bool = False
+    mapped: int = 0
+    compressed: int = 0
+    snapshots: int = 0
+    bitmaps: int = 0
+    encrypted: bool = False
+    corrupt: bool = False
+    data_file: bool = False
+    errors: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    held: int = 0
+    shared: int = 0
+    nocow: bool = False
+
+    @property
+    def clusters(self) -> int:
+        return -(-self.virtual_size // self.cluster_size)
+
+
+class Host(Programs):
+    """Disks in one folder, with the programs and the filesystem that go with them."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.filesystem = Filesystem("ext4", fallocate=True, copy_on_write=False)
+        self.available = units.Ti
+        self.version = "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
+        # False: says yes to fallocate and sets nothing aside.
+        self.honest = True
+        # By name: changes an answer on its way, as a test likes.
+        self.amend: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        self._disks: dict[tuple[int, int], Disk] = {}
+        self.answers = {
+            "--version": lambda call: f"qemu-img version {self.version}\nCopyright (c) 2003-2022 Fabrice Bellard",
+            "info": self._told(self._info),
+            "check": self._told(self._check),
+            "measure": self._told(self._measure),
+            "create": self._create,
+            "convert": self._convert,
+            "resize": self._resize,
+            "fallocate": self._fallocate,
+            "zeros": self._zeros,
+            "unshare": self._unshare,
+        }
+
+    def _setUp(self) -> None:
+        super()._setUp()
+        # No disk of a test has to outlive a crash, and waiting would take most of the time.
+        self.useFixture(fixtures.MockPatchObject(os, "fsync", lambda fd: None))
+        self.useFixture(fixtures.MockPatchObject(fallocate, "extents", self._extents))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))
+
+    # Disks, as a test finds them.
+
+    def path(self, name: str = "disk") -> str:
+        return os.path.join(self.folder, name)
+
+    def base(self, size: int, name: str = "base") -> str:
+        """Lay down a raw base image."""
+        return self.raw(size, name=name, held=size)
+
+    def raw(self, size: int = SIZE, *, name: str = "disk", held: int = 0, shared: int = 0) -> str:
+        """Lay down a raw disk."""
+        path = self.path(name)
+        with open(path, "wb") as file:
+            file.truncate(size)
+        self._disks[_key(path)] = Disk("raw", -(-size // 512) * 512, held=held, shared=shared)
+        return path
+
+    def qcow2(
+        self, size: int = SIZE, *, name: str = "disk", mapped: float | None = None, held: int | None = None, **more: Any
+    ) -> str:
+        """Lay down a qcow2 disk.
+
+        :param mapped: the part of its clusters that is mapped; None for a disk without anything in it
+        :param held: bytes that the filesystem has set aside; else the file's length
+        """
+        path = self.path(name)
+        disk = Disk("qcow2", size, **more)
+        disk.mapped = int(disk.clusters * (mapped or 0))
+        self._write_header(path, disk, filled=mapped is not None)
+        os.truncate(path, _EMPTY_FILE if mapped is None else _METADATA + disk.mapped * disk.cluster_size)
+        disk.held = os.path.getsize(path) if held is None else held
+        self._disks[_key(path)] = disk
+        return path
+
+    def overlay(self, size: int = SIZE, *, base: int = SIZE // 2, **more: Any) -> str:
+        """Lay down an overlay, and its raw base image unless that is there."""
+        if not os.path.exists(self.path("base")):
+            self.base(base)
+        return self.qcow2(size, **{"backing_file": self.path("base"), "backing_format": "raw", **more})
+
+    def disk(self, path: str | None = None) -> Disk:
+        """Return what there is to know about a file."""
+        return self._disks[_key(path or self.path())]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(os.listdir(self.folder))
+
+    # The filesystem.
+
+    def _extents(self, path: str) -> list[fallocate.Extent]:
+        disk = self._disks.get(_key(path))
+        if disk is None:
+            return []
+        extents = [fallocate.Extent(0, disk.shared, shared=True)] if disk.shared else []
+        return [*extents, fallocate.Extent(disk.shared, disk.held - disk.shared)]
+
+    def _copies_on_write(self, path: str) -> bool:
+        return self.filesystem.copy_on_write and not self._disks[_key(path)].nocow
+
+    def _take(self, call: Call, disk: Disk, end: int) -> None:
+        """Set space aside up to end, as far as there is any."""
+        more = max(0, end - disk.held)
+        if more > self.available:
+            raise failure(call, 1, f"{call.argv[0]}: fallocate failed: {ENOSPC}")
+        self.available -= more
+        if self.honest:
+            disk.held += more
+
+    # The programs.
+
+    def _told(self, answer: Callable[[Call], dict[str, Any]]) -> Callable[[Call], str]:
+        def tell(call: Call) -> str:
+            said = answer(call)
+            self.amend.get(call.name, lambda _: None)(said)
+            return json.dumps(said, indent=4)
+
+        return tell
+
+    def _info(self, call: Call) -> dict[str, Any]:
+        path = call.argv[-1]
+        disk = self._disks[_key(path)]
+        format = call.after("-f") or disk.format
+        if format == "raw":
+            size = os.path.getsize(path)
+            return {"virtual-size": -(-size // 512) * 512, "filename": path, "format": "raw", "actual-size": disk.held}
+        if format != disk.format:
+            raise failure(call, 1, f"qemu-img: Could not open '{path}': Image is not in {format} format")
+        data: dict[str, Any] = {
+            "compat": "1.1",
+            "compression-type": "zlib",
+            "lazy-refcounts": False,
+            "refcount-bits": 16,
+            "corrupt": disk.corrupt,
+            "extended-l2": disk.extended_l2,
+        }
+        if disk.bitmaps:
+            data["bitmaps"] = [{"flags": ["auto"], "name": "b", "granularity": 65536}] * disk.bitmaps
+        if disk.data_file:
+            data["data-file"] = "data.raw"
+        info: dict[str, Any] = {
+            "virtual-size": disk.virtual_size,
+            "filename": path,
+            "cluster-size": disk.cluster_size,
+            "format": disk.format,
+            "actual-size": disk.held,
+            "format-specific": {"type": disk.format, "data": data},
+            "dirty-flag": False,
+        }
+        if disk.encrypted:
+            info["encrypted"] = True
+        if disk.snapshots:
+            info["snapshots"] = [{"id": "1", "name": "s", "vm-state-size": 0}] * disk.snapshots
+        if disk.backing_file is not None:
+            info["backing-filename"] = disk.backing_file
+            info["full-backing-filename"] = os.path.join(os.path.dirname(path), disk.backing_file)
+        if disk.backing_format is not None:
+            info["backing-filename-format"] = disk.backing_format
+        return info
+
+    def _check(self, call: Call) -> dict[str, Any]:
+        path = call.argv[-1]
+        disk = self._disks[_key(path)]
+        check = {
+            "image-end-offset": os.path.getsize(path),
+            "check-errors": disk.errors,
+            "filename": path,
+            "format": disk.format,
+        }
+        # As qemu-img does, without those that are 0.
+        counts = {
+            "total-clusters": disk.clusters,
+            "allocated-clusters": disk.mapped,
+            "compressed-clusters": disk.compressed,
+            "corruptions": disk.corruptions,
+            "leaks": disk.leaks,
+        }
+        return {**check, **{key: count for key, count in counts.items() if count}}
+
+    def _measure(self, call: Call) -> dict[str, Any]:
+        size = int(call.after("--size") or 0)
+        return {"required": _METADATA, "fully-allocated": size + _METADATA}
+
+    def _create(self, call: Call) -> str:
+        path, size = call.argv[-2], int(call.argv[-1])
+        options = call.options
+        self._new(call, path, size, str(call.after("-f")), options, call.after("-b"), call.after("-F"))
+        return ""
+
+    def _convert(self, call: Call) -> str:
+        source, target = call.argv[-2:]
+        disk = self._disks[_key(source)]
+        self._new(
+            call, target, disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"), call.after("-F")
+        )
+        return ""
+
+    def _new(
+        self,
+        call: Call,
+        path: str,
+        size: int,
+        format: str,
+        options: Mapping[str, str],
+        backing_file: str | None,
+        backing_format: str | None,
+    ) -> None:
+        preallocation = options.get("preallocation", "off")
+        size = -(-size // 512) * 512
+        if format == "raw" and preallocation == "metadata":
+            raise failure(call, 1, f"qemu-img: {path}: Invalid parameter 'metadata'")
+        if backing_file and preallocation != "off" and options.get("extended_l2") != "on":
+            raise failure(
+                call, 1, f"qemu-img: {path}: Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is enabled",
+            )  # fmt: skip
+        disk = Disk(
+            format,
+            size,
+            cluster_size=int(options.get("cluster_size", 64 * units.Ki)),
+            backing_file=backing_file,
+            backing_format=backing_format,
+            extended_l2=options.get("extended_l2") == "on",
+            nocow=options.get("nocow") == "on",
+        )
+        if format == "raw":
+            os.truncate(path, size)
+        else:
+            self._write_header(path, disk, filled=preallocation != "off")
+            os.truncate(path, _EMPTY_FILE if preallocation == "off" else size + _METADATA)
+        if preallocation != "off":
+            disk.mapped = disk.clusters
+        if preallocation in ("falloc", "full"):
+            small_holes = 0 if format == "raw" else _SMALL_HOLES
+            self._take(call, disk, os.path.getsize(path) - small_holes)
+        self._disks[_key(path)] = disk
+
+    def _resize(self, call: Call) -> str:
+        target, size = call.argv[-2], int(call.argv[-1])
+        preallocation = next(word.partition("=")[2] for word in call.argv if word.startswith("--preallocation="))
+        image = csv(target) if "--image-opts" in call.argv else None
+        path = target if image is None else image["file.filename"]
+        disk = self._disks[_key(path)]
+        if size % 512 and disk.format != "raw":
+            raise failure(call, 1, "qemu-img: The new size must be a multiple of 512")
+        if size <= disk.virtual_size:
+            raise failure(call, 1, "qemu-img: Use the --shrink option to perform a shrink operation.")
+        if image is not None:
+            # Else the base's last bytes would read as zeros: data lost.
+            assert disk.virtual_size % disk.cluster_size == 0
+            assert os.path.getsize(image["backing.file.filename"]) == size
+        elif preallocation != "off" and disk.backing_file is not None:
+            assert disk.extended_l2 or preallocation == "metadata"
+        clusters, length = disk.clusters, os.path.getsize(path)
+        os.truncate(path, size if disk.format == "raw" else length + size - disk.virtual_size)
+        disk.virtual_size = size
+        if preallocation != "off":
+            disk.mapped += disk.clusters - clusters
+        if preallocation in ("falloc", "full"):
+            self._take(call, disk, disk.held + os.path.getsize(path) - length)
+        return ""
+
+    def _fallocate(self, call: Call) -> str:
+        disk = self._disks[_key(call.argv[-1])]
+        start, length = int(call.after("-o") or 0), int(call.after("-l") or 0)
+        # -n: the file's length stays.
+        assert "-n" in call.argv
+        self._take(call, disk, start + length)
+        return ""
+
+    def _zeros(self, call: Call) -> str:
+        path = call.argv[-1]
+        self._take(call, self._disks[_key(path)], os.path.getsize(path))
+        # For real: the disks are small, and the holes are its own to find.
+        assert fallocate._main("zeros", path) == 0
+        return ""
+
+    def _unshare(self, call: Call) -> str:
+        self._disks[_key(call.argv[4])].shared = 0
+        return ""
+
+    @staticmethod
+    def _write_header(path: str, disk: Disk, *, filled: bool) -> None:
+        qcow2_file.write(
+            path,
+            disk.virtual_size,
+            cluster_bits=disk.cluster_size.bit_length() - 1,
+            backing_file=disk.backing_file,
+            backing_format=disk.backing_format,
+            encryption=2 if disk.encrypted else 0,
+            snapshots=disk.snapshots,
+            incompatible=(
+                (qcow2_file.EXTENDED_L2 if disk.extended_l2 else 0)
+                | (qcow2_file.CORRUPT if disk.corrupt else 0)
+                | (qcow2_file.DATA_FILE if disk.data_file else 0)
+            ),
+            autoclear=qcow2_file.AUTOCLEAR_BITMAPS if disk.bitmaps else 0,
+            l1_filled=0 if filled else None,
+        )
+
+
+def _key(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+# QEMU's side of its lock on an image (block/file-posix.c): byte 100 + n for "I use permission n".
+READS, WRITES, RESIZES = 100, 101, 103
+
+
+def lock_byte(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:
+    """Lock one byte, as QEMU does, until the file is closed."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
+
+
+def standing_lock(fd: int, byte: int) -> int:
+    """Ask for the lock that would be in the way of locking a byte; F_UNLCK where there is none."""
+    asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    return int(struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0])
+
+
+@contextlib.contextmanager
+def opened_by_qemu(path: str, *bytes_: int) -> Iterator[None]:
+    """Hold the locks of a QEMU that has the image open for writing, as a running guest does."""
+    with open(path, "rb") as file:
+        for byte in bytes_ or (READS, WRITES, RESIZES):
+            lock_byte(file.fileno(), byte)
+        yield

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import errno
+import fcntl
+import io
+import os
+import pathlib
+import struct
+import sys
+
+import fixtures
+from oslo_utils import units
+import pytest
+
+from imgprealloc import exceptions
+from imgprealloc import fallocate
+from imgprealloc.fallocate import Extent
+
+from .host import ENOSPC
+from .host import Programs
+from .host import opened_by_qemu
+from .host import standing_lock
+
+DISK = "/instances/1/disk"
+
+# linux/fiemap.h
+LAST, DELALLOC, UNWRITTEN, SHARED = 0x1, 0x4, 0x800, 0x2000
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "disk"
+    path.touch()
+    return path
+
+
+# The programs.
+
+
+def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
+    fallocate.reserve(DISK, 4096, 8192)
+
+    [call] = programs.calls
+    assert call.argv[0] == "fallocate"
+    assert "-n" in call.argv
+    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", "8192", DISK)
+    # Nothing that would change what the file reads as.
+    assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
+
+
+def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs) -> None:
+    programs.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
+
+    with pytest.raises(exceptions.NoSpace, match=DISK):
+        fallocate.reserve(DISK, 0, 1)
+
+
+def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
+    programs: Programs, file: pathlib.Path
+) -> None:
+    os.truncate(file, units.Mi)
+
+    fallocate.write_zeros(str(file))
+
+    [call] = programs.calls
+    assert call.argv == (sys.executable, "-m", "imgprealloc.fallocate", "zeros", str(file))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * units.Mi], ids=["empty", "without holes"])
+def test_a_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+    fallocate.write_zeros(str(file))
+
+    assert programs.calls == []
+
+
+def test_no_process_is_started_to_write_zeros_to_a_disk_in_use(programs: Programs, file: pathlib.Path) -> None:
+    os.truncate(file, units.Mi)
+
+    with opened_by_qemu(str(file)), pytest.raises(exceptions.ImageInUse):
+        fallocate.write_zeros(str(file))
+
+    assert programs.calls == []
+
+
+def test_unsharing_runs_in_a_process_of_its_own(programs: Programs) -> None:
+    fallocate.unshare(DISK, [Extent(0, 4096, shared=True), Extent(8192, 512, shared=True)])
+
+    [call] = programs.calls
+    assert call.argv == (sys.executable, "-m", "imgprealloc.fallocate", "unshare", DISK, "0:4096", "8192:512")
+
+
+def test_unsharing_thousands_of_extents_keeps_below_the_limit_of_a_command_line(programs: Programs) -> None:
+    extents = [Extent(number * 8192, 4096) for number in range(2500)]
+
+    fallocate.unshare(DISK, extents)
+
+    stretches = [call.argv[5:] for call in programs.calls]
+    assert max(map(len, stretches)) <= 1000
+    assert [word for words in stretches for word in words] == [f"{extent.start}:4096" for extent in extents]
+
+
+def test_nothing_to_unshare_runs_nothing(programs: Programs) -> None:
+    fallocate.unshare(DISK, [])
+
+    assert programs.calls == []
+
+
+# The process behind unshare() and write_zeros().
+
+
+def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    with fixtures.MockPatchObject(fallocate, "_fallocate", lambda fd, *arguments: seen.append(arguments)):
+        status = fallocate._main("unshare", str(file), "0:4096", "8192:512")
+
+    # FALLOC_FL_UNSHARE_RANGE of linux/falloc.h
+    assert seen == [(0x40, 0, 4096), (0x40, 8192, 512)]
+    assert status == 0
+
+
+def test_the_process_says_in_the_words_of_strerror_what_went_wrong(
+    file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with fixtures.MockPatchObject(fallocate, "_fallocate", full):
+        status = fallocate._main("unshare", str(file), "0:4096")
+
+    assert status == 1
+    assert ENOSPC in capsys.readouterr().err
+
+
+# The extent map.
+
+
+class Fiemap(fixtures.Fixture):
+    """A kernel that answers FS_IOC_FIEMAP with these extents, as (start, length, flags)."""
+
+    def __init__(self, extents: Sequence[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.extents = extents
+        self.calls = 0
+
+    def _setUp(self) -> None:
+        self.useFixture(fixtures.MockPatchObject(fallocate.fcntl, "ioctl", self._ioctl))
+
+    def _ioctl(self, fd: int, request: int, buffer: bytearray) -> int:
+        assert request == 0xC020660B
+        self.calls += 1
+        start, length, _, _, room, _ = struct.unpack_from("=QQIIII", buffer)
+        inside = [extent for extent in self.extents if extent[0] + extent[1] > start and extent[0] < start + length]
+        for number, (logical, size, flags) in enumerate(inside[:room]):
+            struct.pack_into("=QQQQQIIII", buffer, 32 + 56 * number, logical, logical, size, 0, 0, flags, 0, 0, 0)
+        struct.pack_into("=I", buffer, 20, len(inside[:room]))
+        return 0
+
+
+def test_extents_tell_written_from_unwritten_and_shared_from_own(file: pathlib.Path) -> None:
+    with Fiemap([(0, 4096, SHARED), (8192, 4096, UNWRITTEN), (16384, 512, DELALLOC | LAST)]):
+        extents = fallocate.extents(str(file))
+
+    assert extents == [
+        Extent(0, 4096, written=True, shared=True),
+        Extent(8192, 4096, written=False, shared=False),
+        Extent(16384, 512, written=True, shared=False),
+    ]
+
+
+def test_a_file_without_extents_has_none(file: pathlib.Path) -> None:
+    with Fiemap([]):
+        assert fallocate.extents(str(file)) == []
+
+
+def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) -> None:
+    count = 1500
+    many = [(number * 8192, 4096, LAST if number == count - 1 else 0) for number in range(count)]
+
+    with Fiemap(many) as kernel:
+        extents = fallocate.extents(str(file))
+
+    assert [(extent.start, extent.length) for extent in extents or ()] == [extent[:2] for extent in many]
+    assert kernel.calls == 3
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
+def test_a_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
+    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(code)):
+        assert fallocate.extents(str(file)) is None
+
+
+def test_any_other_fault_of_the_extent_map_is_an_error(file: pathlib.Path) -> None:
+    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
+        fallocate.extents(str(file))
+
+
+@pytest.mark.parametrize(
+    ("end", "held"),
+    [(0, 0), (100, 100), (4096, 4096), (6000, 4096), (9000, 4904), (1_000_000, 8192)],
+)
+def test_only_space_before_the_end_counts(end: int, held: int) -> None:
+    assert fallocate.held([Extent(0, 4096), Extent(8192, 4096)], end) == held
+
+
+# Whether the filesystem keeps its word.
+
+
+def raises(code: int) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def supported(file: pathlib.Path, answer: Callable[..., None]) -> bool:
+    with fixtures.MockPatchObject(fallocate, "_fallocate", answer), file.open("r+b") as probe:
+        return fallocate.supported(probe.fileno(), units.Mi)
+
+
+def test_space_that_is_really_there_is_believed(file: pathlib.Path) -> None:
+    def write(fd: int, mode: int, offset: int, length: int) -> None:
+        os.pwrite(fd, b"x" * length, offset)
+        os.fsync(fd)
+
+    assert supported(file, write) is True
+
+
+def test_a_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
+    # As on ZFS.
+    assert supported(file, lambda *arguments: None) is False
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
+    assert supported(file, raises(code)) is False
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
+    assert supported(file, raises(code)) is True
+
+
+def test_a_fault_is_not_an_answer(file: pathlib.Path) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        supported(file, raises(errno.EIO))
+
+
+def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
+    modes: list[int] = []
+
+    supported(file, lambda fd, mode, offset, length: modes.append(mode))
+
+    # FALLOC_FL_KEEP_SIZE
+    assert modes == [1]
+
+
+def test_the_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
+    with file.open("rb") as unwritable, pytest.raises(OSError, match="Bad file descriptor"):
+        fallocate._fallocate(unwritable.fileno(), 0, 0, 4096)
+
+
+def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
+    with file.open("wb") as disk:
+        disk.seek(256 * units.Ki)
+        disk.write(b"x" * 65536)
+        disk.truncate(3 * units.Mi)
+    before = file.read_bytes()
+
+    assert fallocate._main("zeros", str(file)) == 0
+
+    assert file.read_bytes() == before
+    assert fallocate._holes(str(file)) == []
+
+
+def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
+    os.truncate(file, units.Mi)
+    # One that has come after the caller has looked.
+    with opened_by_qemu(str(file)):
+        assert fallocate._main("zeros", str(file)) == 1
+
+    assert fallocate._holes(str(file)) != []
+
+
+def test_the_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
+    with file.open("wb") as disk:
+        disk.write(b"x" * 65536)
+        disk.truncate(5 * units.Mi // 2)
+    written: list[tuple[int, int]] = []
+
+    class Watched(io.FileIO):
+        def write(self, data: bytes) -> int:
+            written.append((self.tell(), len(data)))
+            return super().write(data)
+
+    with fixtures.MockPatch("builtins.open", lambda path, mode, **how: Watched(path, mode.replace("b", ""))):
+        assert fallocate._main("zeros", str(file)) == 0
+
+    assert written == [(65536, units.Mi), (65536 + units.Mi, units.Mi), (65536 + 2 * units.Mi, units.Mi // 2 - 65536)]
+
+
+def test_zeros_are_on_stable_storage_before_a_guest_may_write_again(file: pathlib.Path) -> None:
+    locks: list[int] = []
+    with (
+        file.open("rb") as guest,
+        # 201: "nobody else may write".
+        fixtures.MockPatchObject(os, "fdatasync", lambda fd: locks.append(standing_lock(guest.fileno(), 201))),
+    ):
+        fallocate._main("zeros", str(file))
+
+    assert locks == [fcntl.F_RDLCK]
+
+
+def test_zeros_that_do_not_fit_are_told_in_the_words_of_strerror(
+    file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fixtures.MockPatchObject(os, "fdatasync", raises(errno.ENOSPC)):
+        status = fallocate._main("zeros", str(file))
+
+    assert status == 1
+    assert ENOSPC in capsys.readouterr().err

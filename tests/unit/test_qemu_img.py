@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+from typing import Any
+
+from oslo_utils import units
+import pytest
+
+from imgprealloc import exceptions
+from imgprealloc import qemu_img
+
+from .host import Host
+from .host import Programs
+
+DISK = "/instances/1/disk"
+
+
+def said(answer: Any) -> Callable[..., str]:
+    return lambda call: answer if isinstance(answer, str) else json.dumps(answer)
+
+
+# What reads an image.
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("info", lambda: qemu_img.info(DISK, "qcow2")), ("check", lambda: qemu_img.check(DISK, "qcow2"))],
+)
+def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
+    programs: Programs, name: str, read: Callable[[], object]
+) -> None:
+    programs.answers[name] = said({})
+
+    read()
+
+    [call] = programs.calls
+    assert call.argv[:2] == ("qemu-img", name)
+    assert call.after("-f") == "qcow2"
+    assert "--output=json" in call.argv
+    assert "-U" in call.argv
+    assert call.limits is not None
+    assert call.limits.cpu_time == 30
+    assert call.limits.address_space == units.Gi
+    assert call.kwargs["env_variables"]["LC_ALL"] == "C"
+
+
+def test_only_an_image_of_unknown_format_is_looked_at_without_one(programs: Programs) -> None:
+    programs.answers["info"] = said({"format": "qcow2"})
+
+    qemu_img.info(DISK)
+
+    assert "-f" not in programs.calls[0].argv
+    assert programs.calls[0].limits is qemu_img.LIMITS
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_check_answers_for_corrupt_and_for_leaking_images_too(programs: Programs, status: int) -> None:
+    programs.answers["check"] = said({"corruptions": 1})
+    programs.ends("check", status)
+
+    assert qemu_img.check(DISK, "qcow2") == {"corruptions": 1}
+
+
+@pytest.mark.parametrize("status", [1, 63])
+def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
+    programs.ends("check", status)
+
+    with pytest.raises(exceptions.CommandFailed):
+        qemu_img.check(DISK, "qcow2")
+
+
+@pytest.mark.parametrize(
+    "printed",
+    ["", "image: disk\nfile format: raw", '{"format": "raw"', "[]", "null", "3", '"raw"'],
+    ids=["nothing", "no JSON", "half of it", "a list", "null", "a number", "a string"],
+)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("info", lambda: qemu_img.info(DISK, "raw")),
+        ("check", lambda: qemu_img.check(DISK, "qcow2")),
+        ("measure", lambda: qemu_img.measure(DISK, 1, "qcow2", {})),
+    ],
+)
+def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
+    programs: Programs, name: str, read: Callable[[], object], printed: str
+) -> None:
+    programs.answers[name] = said(printed)
+
+    with pytest.raises(exceptions.BrokenImage, match="no JSON that can be read") as caught:
+        read()
+
+    assert caught.value.path == DISK
+
+
+def test_a_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
+    programs.answers["info"] = said("x" * 100_000)
+
+    with pytest.raises(exceptions.BrokenImage) as caught:
+        qemu_img.info(DISK, "raw")
+
+    assert len(str(caught.value)) < 500
+
+
+def test_measure_gives_the_size_with_everything_allocated(programs: Programs) -> None:
+    programs.answers["measure"] = said({"required": 1, "fully-allocated": 1074135040})
+
+    assert qemu_img.measure(DISK, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1074135040
+    assert programs.calls[0].after("--size") == str(units.Gi)
+    assert programs.calls[0].options == {"cluster_size": "65536"}
+
+
+def test_measure_without_a_size_in_it_is_an_error(programs: Programs) -> None:
+    programs.answers["measure"] = said({"required": 1})
+
+    with pytest.raises(exceptions.BrokenImage, match="'fully-allocated'"):
+        qemu_img.measure(DISK, units.Gi, "qcow2", {})
+
+
+@pytest.mark.parametrize("wrong", [None, -1, "1074135040", [], True])
+def test_measure_with_nonsense_for_a_size_is_an_error(programs: Programs, wrong: object) -> None:
+    programs.answers["measure"] = said({"required": 1, "fully-allocated": wrong})
+
+    with pytest.raises(exceptions.BrokenImage, match="fully-allocated"):
+        qemu_img.measure(DISK, units.Gi, "qcow2", {})
+
+
+@pytest.mark.parametrize("wrong", [None, -1, "1", 1.0, True, [1], {}])
+def test_a_number_is_a_count_and_nothing_else(wrong: object) -> None:
+    with pytest.raises(exceptions.BrokenImage, match=r"as 'a\.b'") as caught:
+        qemu_img.number(DISK, {"a": {"b": wrong}}, "a", "b")
+
+    assert caught.value.path == DISK
+
+
+def test_zero_is_a_number() -> None:
+    assert qemu_img.number(DISK, {"a": 0}, "a") == 0
+
+
+@pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": None}, {"a": "text"}, {"a": ["b"]}])
+def test_a_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
+    with pytest.raises(exceptions.BrokenImage, match=r"lacks 'a\.b'") as caught:
+        qemu_img.value(DISK, answer, "a", "b")
+
+    assert caught.value.path == DISK
+
+
+# What writes one.
+
+
+def test_create_names_the_format_and_the_backing_file_s(programs: Programs) -> None:
+    qemu_img.create(DISK, 512, "qcow2", {"preallocation": "falloc"}, backing_file="/b/base", backing_format="raw")
+
+    [call] = programs.calls
+    assert (call.after("-f"), call.after("-b"), call.after("-F")) == ("qcow2", "/b/base", "raw")
+    assert call.argv[-2:] == (DISK, "512")
+
+
+def test_create_without_a_backing_file_or_options_gives_neither(programs: Programs) -> None:
+    qemu_img.create(DISK, 512, "raw", {})
+
+    assert not {"-b", "-F", "-o"} & set(programs.calls[0].argv)
+
+
+def test_convert_names_the_format_of_both_ends_and_keeps_the_backing_file(programs: Programs) -> None:
+    qemu_img.convert(DISK, "/new", "qcow2", {"extended_l2": "on"}, backing_file="/b/base", backing_format="raw")
+
+    [call] = programs.calls
+    assert (call.after("-f"), call.after("-O")) == ("qcow2", "qcow2")
+    assert (call.after("-B"), call.after("-F")) == ("/b/base", "raw")
+    assert call.argv[-2:] == (DISK, "/new")
+
+
+def test_convert_keeps_clusters_mapped_that_read_as_zeros(programs: Programs) -> None:
+    qemu_img.convert(DISK, "/new", "qcow2", {"preallocation": "falloc"})
+
+    assert programs.calls[0].after("-S") == "0"
+
+
+def test_resize_names_format_and_preallocation_and_never_shrinks(programs: Programs) -> None:
+    qemu_img.resize(DISK, 1024, "raw", "full")
+
+    [call] = programs.calls
+    assert call.after("-f") == "raw"
+    assert "--preallocation=full" in call.argv
+    assert "--shrink" not in call.argv
+
+
+def test_growing_over_zeros_puts_them_in_the_backing_file_s_place(host: Host) -> None:
+    zeros = host.raw(64 * units.Mi, name="zeros")
+    disk = host.overlay(32 * units.Mi, mapped=1.0, extended_l2=True)
+
+    qemu_img.resize_over_zeros(disk, 64 * units.Mi, zeros, "falloc")
+
+    [call] = host.calls
+    assert "--image-opts" in call.argv
+    assert "-f" not in call.argv
+    assert (host.disk(disk).virtual_size, host.disk(disk).backing_file) == (64 * units.Mi, host.path("base"))
+
+
+@pytest.mark.parametrize(("flush", "no_flush"), [(True, 0), (False, 2)])
+def test_only_a_disk_that_is_not_in_its_place_yet_is_grown_without_flushes(
+    programs: Programs, flush: bool, no_flush: int
+) -> None:
+    qemu_img.resize_over_zeros(DISK, 1024, "/zeros", "falloc", flush=flush)
+
+    assert programs.calls[0].argv[-2].count("cache.no-flush=on") == no_flush
+
+
+def test_commas_in_names_do_not_end_them(programs: Programs) -> None:
+    qemu_img.resize_over_zeros("/a,b/disk", 1024, "/c,,d/zeros", "falloc")
+
+    image = programs.calls[0].argv[-2]
+    assert "file.filename=/a,,b/disk,backing.driver=raw," in image
+    assert image.endswith("backing.file.filename=/c,,,,d/zeros")
+
+
+def test_commas_in_option_values_do_not_end_them(programs: Programs) -> None:
+    qemu_img.create(DISK, 512, "qcow2", {"data_file": "a,b", "nocow": "on"})
+
+    assert programs.calls[0].after("-o") == "data_file=a,,b,nocow=on"
+
+
+def test_commas_in_plain_arguments_stay_as_they_are(programs: Programs) -> None:
+    qemu_img.create("/a,b/disk", 512, "qcow2", {}, backing_file="/c,d/base", backing_format="raw")
+
+    [call] = programs.calls
+    assert (call.argv[-2], call.after("-b")) == ("/a,b/disk", "/c,d/base")
+
+
+# Its version.
+
+
+@pytest.mark.parametrize(
+    ("printed", "version"),
+    [
+        ("qemu-img version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright (c) 2003-2022", (7, 2, 22)),
+        ("qemu-img version 10.0.0-rc2 (v10.0.0-rc2)", (10, 0, 0)),
+        ("qemu-img version 5.2.0(qemu-kvm-5.2.0-16.module_el8)", (5, 2, 0)),
+        ("qemu-img version 5.1, Copyright (c)", (5, 1, 0)),
+    ],
+)
+def test_version_is_read_as_numbers(programs: Programs, printed: str, version: tuple[int, ...]) -> None:
+    programs.answers["--version"] = said(printed)
+
+    assert qemu_img.version() == version
+
+
+@pytest.mark.parametrize(
+    ("printed", "enough"),
+    [("4.2.1", False), ("5.1.0", False), ("5.2.0", True), ("5.2", True), ("6.2.0", True), ("10.0.0", True)],
+)
+def test_overlays_can_be_preallocated_since_qemu_5_2(programs: Programs, printed: str, enough: bool) -> None:
+    programs.answers["--version"] = said(f"qemu-img version {printed}\n")
+
+    assert (qemu_img.version() >= qemu_img.OVERLAY_PREALLOCATION) is enough
+
+
+def test_version_is_asked_once_a_process(programs: Programs) -> None:
+    programs.answers["--version"] = said("qemu-img version 7.2.22")
+
+    qemu_img.version()
+    qemu_img.version()
+
+    assert len(programs.calls) == 1
+
+
+def test_a_program_without_a_version_is_too_old(programs: Programs) -> None:
+    programs.answers["--version"] = said("BusyBox")
+
+    with pytest.raises(exceptions.QemuImgTooOld, match="BusyBox"):
+        qemu_img.version()
+
+
+def test_a_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
+    programs.answers["--version"] = said("qemu-img version 7.2.22")
+    programs.ends("--version", 1)
+    with pytest.raises(exceptions.CommandFailed):
+        qemu_img.version()
+
+    programs.ends("--version", 0)
+
+    assert qemu_img.version() == (7, 2, 22)
