@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
 
 _MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-m", "0"],
