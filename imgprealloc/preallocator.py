@@ -22,6 +22,7 @@ from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import fallocate
+from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
@@ -142,6 +143,7 @@ class Preallocator:
         _check_size(path, size)
         if os.path.lexists(path):
             raise exceptions.DiskExists(path, "there is a file already", "Remove it, or choose another path.")
+        size = _round_up(size, _SECTOR)
         started = time.monotonic()
         offer = terms.offered(path, self.mode, self.on_unsupported)
         strategy._make(os.path.abspath(path), size, offer, backing, backing_format)
@@ -241,10 +243,10 @@ class Preallocator:
         """Grow a disk, the new part preallocated."""
         raise NotImplementedError
 
-    @classmethod
-    def _virtual_size(cls, path: str) -> int:
-        """Return the virtual size, in bytes, of a backing file in this format, or in any."""
-        return reading.virtual_size(path, cls.format)
+    @staticmethod
+    def _virtual_size(path: str, format: str | None) -> int:
+        """Return the virtual size, in bytes, of a backing file, whatever its format."""
+        return reading.virtual_size(path, format)
 
     # What they share.
 
@@ -297,8 +299,8 @@ class RawPreallocator(Preallocator):
     def _is_done(self, image: DiskImage, mode: str) -> bool:
         return mode == "metadata" or image.held
 
-    @classmethod
-    def _virtual_size(cls, path: str) -> int:
+    @staticmethod
+    def _virtual_size(path: str, format: str | None) -> int:
         # Its length, in whole sectors; no need to ask qemu-img.
         return _round_up(reading.regular_file(path).st_size, _SECTOR)
 
@@ -367,13 +369,19 @@ class Qcow2Preallocator(Preallocator):
         return Treatment(lambda: _hold(image, image.worst_case_size, offer), ("reserved", "preallocated"))
 
     def _blank(self, path: str, *, certain: bool) -> Blank | None:
-        reading.regular_file(path)
+        status = reading.regular_file(path)
         blank = qcow2_header.blank(path)
         if blank is None or not blank.virtual_size:
             return None
         obstacle = _obstacle_in_header(blank)
-        if not certain and os.path.getsize(path) > _round_up(blank.end, blank.cluster_size):
+        if not certain and status.st_size > _round_up(blank.end, blank.cluster_size):
             obstacle = _MAY_BE_RAW
+        elif self.mode != "metadata":
+            # As stock Nova leaves a swap disk that was never used: the space
+            # that is short for a second one is its own.
+            available = filesystem.available(os.path.dirname(os.path.abspath(path)))
+            if available < blank.virtual_size and self._read(path).shortfall <= available:
+                obstacle = "there is no room for a new disk beside it"
         if obstacle is None:
             return blank
         terms.warn_once(path, f"{obstacle}; {_NOT_REPLACED}")
@@ -424,7 +432,8 @@ class Qcow2Preallocator(Preallocator):
             # What lies beyond the base's end is made by growing. The cluster
             # with the base's last bytes has to be there before: grown, it
             # would read as zeros.
-            base_size = FORMATS.get(str(backing_format), Preallocator)._virtual_size(_beside(path, backing_file))
+            asked = FORMATS.get(str(backing_format), Preallocator)
+            base_size = asked._virtual_size(_beside(path, backing_file), backing_format)
             first_size = min(size, _round_up(max(base_size, 1), self.overlay_cluster_size))
         qemu_img.create(new, first_size, "qcow2", options, backing_file=backing_file, backing_format=backing_format)
         if first_size < size:

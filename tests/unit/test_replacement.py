@@ -186,6 +186,25 @@ def test_what_another_imgprealloc_has_just_taken_away_is_not_missed(disk: pathli
     assert disk.read_bytes() == b"new"
 
 
+def test_what_has_come_in_the_place_of_a_crash_s_remains_is_left_to_its_owner(disk: pathlib.Path) -> None:
+    # Between our look at the remains and our lock on them, another imgprealloc has made its own file.
+    temporary = disk.parent / TEMPORARY
+    temporary.write_bytes(b"remains")
+    locks: list[int] = []
+
+    def late(fd: int) -> bool:
+        locks.append(fd)
+        if len(locks) == 1:
+            temporary.unlink()
+            temporary.write_bytes(b"another's")
+        return len(locks) == 1
+
+    with fixtures.MockPatchObject(lock, "try_exclusive", late), pytest.raises(exceptions.ImageInUse):
+        replace(disk)
+
+    assert temporary.read_bytes() == b"another's"
+
+
 def test_a_link_in_the_place_of_the_new_file_is_not_followed(disk: pathlib.Path) -> None:
     victim = disk.parent / "victim"
     victim.write_bytes(b"precious")
