@@ -42,6 +42,8 @@ def run(
             prlimit=limits,
         )
     except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+            raise
         raise exceptions.QemuImgMissing(
             path,
             f"{argv[0]} could not be started: {exc.strerror}",

@@ -143,8 +143,6 @@ class CommandFailed(PreallocationError, processutils.ProcessExecutionError):
         self.stderr = stderr
         self.description = reason
 
-    __str__ = PreallocationError.__str__
-
 
 class NoSpace(CommandFailed):
     """The filesystem, or a quota on it, has not the space that was asked for."""

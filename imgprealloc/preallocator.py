@@ -49,6 +49,7 @@ _RAW_PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
 
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _MAY_BE_RAW = "it has bytes after the end of the image, and may be a raw disk that a guest wrote a header to"
+_NO_ROOM = "there is no room for a new disk beside it"
 _NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
 
@@ -208,7 +209,9 @@ class Preallocator:
         offer = terms.offered(path, self.mode, self.on_unsupported)
         lock.refuse_writer(path)
         strategy._grow(before, size, offer)
-        kept = offer.states if before.state == "preallocated" else (before.state, *offer.states)
+        kept = (before.state, *offer.states)
+        if before.state == "thin":
+            kept += ("reserved",)
         return strategy._promised(path, offer, kept, before.state, started)
 
     # What each format answers for itself.
@@ -357,6 +360,8 @@ class Qcow2Preallocator(Preallocator):
             return None
         if rewrite:
             obstacle = self._obstacle(image, certain)
+            if obstacle is None and self._lacks_room(image.path, image.virtual_size) and self._could_be_held(image):
+                obstacle = _NO_ROOM
             if obstacle is None:
                 return Treatment(lambda: self._rewrite(image, offer), offer.states)
             terms.warn_once(image.path, f"{obstacle}; {_NOT_REPLACED}")
@@ -376,16 +381,24 @@ class Qcow2Preallocator(Preallocator):
         obstacle = _obstacle_in_header(blank)
         if not certain and status.st_size > _round_up(blank.end, blank.cluster_size):
             obstacle = _MAY_BE_RAW
-        elif self.mode != "metadata":
+        elif self._lacks_room(path, blank.virtual_size) and self._could_be_held(self._read(path)):
             # As stock Nova leaves a swap disk that was never used: the space
             # that is short for a second one is its own.
-            available = filesystem.available(os.path.dirname(os.path.abspath(path)))
-            if available < blank.virtual_size and self._read(path).shortfall <= available:
-                obstacle = "there is no room for a new disk beside it"
+            obstacle = _NO_ROOM
         if obstacle is None:
             return blank
         terms.warn_once(path, f"{obstacle}; {_NOT_REPLACED}")
         return None
+
+    def _lacks_room(self, path: str, size: int) -> bool:
+        """Whether the filesystem has too little space for one more disk."""
+        if filesystem.available(os.path.dirname(os.path.abspath(path))) >= size:
+            return False
+        return terms.offered(path, self.mode, self.on_unsupported).holds_space
+
+    @staticmethod
+    def _could_be_held(image: DiskImage) -> bool:
+        return image.shortfall <= filesystem.available(os.path.dirname(os.path.abspath(image.path)))
 
     @staticmethod
     def _obstacle(image: DiskImage, certain: bool) -> str | None:
@@ -513,8 +526,9 @@ def _unshare(path: str) -> None:
 
 def _fill(path: str, length: int, offer: Terms, start: int = 0) -> None:
     """Fill the holes of a file; with zeros, where there is no other way."""
-    if offer.holds_space and length:
-        fallocate.reserve(path, start, length)
+    if offer.holds_space:
+        if length:
+            fallocate.reserve(path, start, length)
     elif offer.mode == "full":
         fallocate.write_zeros(path)
 

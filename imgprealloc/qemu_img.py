@@ -35,7 +35,7 @@ _CHECK_ANSWERS = (0, 2, 3)
 def version() -> tuple[int, ...]:
     """Return qemu-img's version, as numbers.
 
-    :raises: QemuImgMissing, BrokenImage if it prints none
+    :raises: QemuImgMissing, QemuImgTooOld if it prints none
     """
     said = command.run("qemu-img", "qemu-img", "--version")
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)

@@ -46,6 +46,10 @@ def new_disk(path: str) -> Iterator[str]:
         # sync(1) and not os.fsync(): after mode full there may be minutes of
         # writing to wait for, and eventlet has only this one thread.
         command.run(path, "sync", temporary)
+        if not _is(fd, temporary):
+            raise exceptions.ImageInUse(
+                path, "another program has removed or replaced the new file", "Nothing was changed; try again."
+            )
         if existed:
             os.replace(temporary, path)
         else:
