@@ -42,7 +42,12 @@ def new_disk(path: str) -> Iterator[str]:
         temporary = path + SUFFIX
         if existed:
             _copy_attributes(path, fd)
-        yield temporary
+        try:
+            yield temporary
+        except exceptions.PreallocationError as exc:
+            # The disk is what the caller knows.
+            exc.path = path
+            raise
         # sync(1) and not os.fsync(): after mode full there may be minutes of
         # writing to wait for, and eventlet has only this one thread.
         command.run(path, "sync", temporary)
