@@ -46,7 +46,7 @@ def new_disk(path: str) -> Iterator[str]:
             yield temporary
         except exceptions.PreallocationError as exc:
             # The disk is what the caller knows.
-            exc.path = path
+            exc.path = path if exc.path == temporary else exc.path
             raise
         # sync(1) and not os.fsync(): after mode full there may be minutes of
         # writing to wait for, and eventlet has only this one thread.

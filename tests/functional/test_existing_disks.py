@@ -154,6 +154,15 @@ def test_disk_without_a_base_is_rewritten(folder, base):
     assert (image.state, images.differences(disk, base, other_format="raw")) == ("preallocated", "")
 
 
+def test_rewriting_in_mode_falloc_writes_no_more_than_was_written(folder):
+    disk = images.qcow2(folder / "disk", 256 * MiB)
+    images.qemu_io(disk, "write -P 0x11 3M 1M")
+
+    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+
+    assert images.unwritten(disk) >= 250 * MiB
+
+
 def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder):
     disk = images.qcow2(folder / "disk", 32 * MiB)
     images.qemu_io(disk, "write -P 0x11 3M 1M")

@@ -69,7 +69,7 @@ def disks(tmp_path_factory):
     """Give one disk of each sort, to be copied."""
     folder = tmp_path_factory.mktemp("disks")
     images.random_file(folder / "base", 8 * MiB)
-    for name in ("blank", "used"):
+    for name in ("blank", "used", "stock"):
         images.qcow2(folder / name, 64 * MiB, backing="base")
     images.qemu_io(folder / "used", "write -P 0x5a 3M 1M")
     Preallocator().create(folder / "grown", 8 * MiB, "base", backing_format="raw")
@@ -84,6 +84,8 @@ def small(kind, disks):
         images.run("cp", "--sparse=always", *disks.iterdir(), mount_point)
         # The copy has made holes in it.
         images.run("fallocate", "-n", "-l", (disks / "grown").stat().st_size, f"{mount_point}/grown")
+        # As stock Nova leaves it.
+        images.run("fallocate", "-n", "-l", 64 * MiB, f"{mount_point}/stock")
         images.run("fallocate", "-l", images.free(mount_point) - FREE, f"{mount_point}/filler")
         yield pathlib.Path(mount_point)
 
@@ -226,6 +228,21 @@ def test_disk_is_replaced_once_there_is_room(small):
     assert Preallocator().preallocate(small / "blank", format="qcow2").state == "preallocated"
 
 
+@each_filesystem
+def test_unused_disk_that_has_its_space_is_reserved_where_a_second_one_has_no_room(small):
+    before = (small / "stock").stat().st_ino
+
+    image = Preallocator().preallocate(small / "stock", format="qcow2")
+
+    assert (image.state, image.shortfall, (small / "stock").stat().st_ino) == ("reserved", 0, before)
+
+
+def test_unused_disk_that_has_its_space_is_made_anew_where_there_is_room(small):
+    (small / "filler").unlink()
+
+    assert Preallocator().preallocate(small / "stock", format="qcow2").state == "preallocated"
+
+
 @each_mode
 def test_raw_disk_that_could_not_be_filled_reads_the_same(small, taken_meanwhile, mode):
     before = images.file_digest(small / "raw")
@@ -254,6 +271,67 @@ def test_mode_metadata_without_any_room_leaves_no_file(tight):
         Preallocator("metadata").create(tight / "disk", 8192 * MiB, "base", backing_format="raw")
 
     assert set(os.listdir(tight)) == before
+
+
+# XFS wants room for the whole of a range that fallocate(2) is asked for, also
+# where most of it is held already.
+
+
+@pytest.fixture
+def snug(tight):
+    """Give a function that leaves so much room on a filesystem, and 24 MiB, of which ext4 keeps some for itself."""
+
+    def snug(room):
+        images.run("fallocate", "-l", images.free(tight) - room - 24 * MiB, tight / "filler")
+
+    return snug
+
+
+@each_filesystem
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_new_disk_needs_its_room_only_once(tight, snug, format):
+    snug(96 * MiB)
+
+    assert Preallocator().create(tight / "disk", 96 * MiB, format=format).state == "preallocated"
+
+
+@each_filesystem
+def test_overlay_needs_its_room_only_once(tight, snug):
+    base = images.random_file(tight / "base", 8 * MiB)
+    disk = images.qcow2(tight / "disk", 96 * MiB, backing=base)
+    snug(96 * MiB)
+
+    assert Preallocator().preallocate(disk, format="qcow2").state == "preallocated"
+
+
+@each_filesystem
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_growth_needs_its_room_only_once(tight, snug, format):
+    Preallocator().create(tight / "disk", 8 * MiB, format=format)
+    snug(96 * MiB)
+
+    assert Preallocator().resize(tight / "disk", 104 * MiB, format=format).state == "preallocated"
+
+
+@each_filesystem
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_holes_need_no_more_room_than_they_have(tight, snug, format):
+    Preallocator().create(tight / "disk", 96 * MiB, format=format)
+    for hole in (8 * MiB, 40 * MiB):
+        images.run("fallocate", "-p", "-o", hole, "-l", 2 * MiB, tight / "disk")
+    snug(4 * MiB)
+
+    assert Preallocator().preallocate(tight / "disk", format=format).state == "preallocated"
+
+
+@each_filesystem
+def test_reserving_what_is_nearly_reserved_needs_no_more_room_than_is_short(tight, snug):
+    disk = images.qcow2(tight / "disk", 96 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+    images.run("fallocate", "-n", "-l", 94 * MiB, disk)
+    snug(4 * MiB)
+
+    assert Preallocator().preallocate(disk, format="qcow2").state == "reserved"
 
 
 def test_disk_in_mode_metadata_is_found_out_to_be_short_of_space(tight):

@@ -196,6 +196,19 @@ def test_guest_writes_its_whole_disk_that_was_only_reserved(tight, base):
     assert (failure, disk.stat().st_size <= image.worst_case_size) == ("", True)
 
 
+def test_guest_writes_its_whole_unused_disk_that_was_only_reserved_for_lack_of_room(tight):
+    disk = images.qcow2(tight / "disk", SIZE)
+    images.run("fallocate", "-n", "-l", SIZE, disk)
+    images.run("fallocate", "-l", images.free(tight) - SIZE // 2, tight / "taken")
+    image = Preallocator().preallocate(disk, format="qcow2")
+    full(tight)
+
+    with images.guest(disk) as address:
+        failure = write_randomly(address, size=SIZE, block_size=64 * KiB)
+
+    assert (image.state, failure, disk.stat().st_size <= image.worst_case_size) == ("reserved", "", True)
+
+
 def test_guest_writes_its_disk_that_was_only_reserved_in_pages(tight, kind, base):
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     scattered(disk, BASE)
