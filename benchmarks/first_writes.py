@@ -2,8 +2,8 @@
 """How fast are a guest's first writes, on stock Nova's disk, on imgprealloc's, and on a preallocated raw file?
 
 4 KiB at random places beyond the base image, one at a time, each followed by a
-flush, through qemu-nbd as QEMU would do it for a guest (cache=none). Every
-disk is new in each run, the runs take turns, and the median counts. The
+flush, through qemu-nbd as QEMU would do it for a guest (cache=none). All disks
+are new in each run and take turns in it, and the median of the runs counts. The
 filesystem is one of its own under TMPDIR, all of it written before, so that
 only the disks are measured and not the file it lives in. Needs root, fio,
 and 6 GiB under TMPDIR; takes a few minutes.
@@ -32,8 +32,10 @@ from imgprealloc import RawPreallocator
 
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
-_DISK_SIZE = 2048 * _MIB
+_DISK_SIZE = 1024 * _MIB
+# All five disks, the base image twice, and some to spare.
 _FILESYSTEM_SIZE = 6144 * _MIB
+_TURN = 500
 _MODES = ("falloc", "full")
 _BAR_STOCK = 1.5
 _BAR_RAW = 0.9
@@ -75,25 +77,44 @@ def subjects(instances_path: str, base: str) -> list[Subject]:
     return found
 
 
-def measure(subject: Subject, writes: int, aio: str, mount_point: str) -> float:
-    """Make a disk, write to it, and return the writes a second."""
-    path = subject.make()
+def measure(found: list[Subject], writes: int, aio: str, mount_point: str) -> None:
+    """Make every disk anew, and let them be written to in turns.
+
+    In short turns, because the machine is slow and fast for seconds at a time.
+    """
+    paths = [subject.make() for subject in found]
     ground.settle(mount_point)
-    try:
-        with _served(path, subject.format, aio) as uri:
-            done = subprocess.run(
-                [
-                    "fio", "--name=first-writes", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k",
-                    "--iodepth=1", "--fsync=1", "--randseed=1510328", f"--offset={_BASE_SIZE}",
-                    f"--size={_DISK_SIZE - _BASE_SIZE}", f"--io_size={writes * 4096}", "--output-format=json",
-                ],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-        # fio prints notes before its JSON.
-        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-        return float(job["write"]["iops"])
-    finally:
-        shutil.rmtree(os.path.dirname(path))
+    milliseconds = [0] * len(found)
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.callback(shutil.rmtree, os.path.dirname(path))
+        uris = [stack.enter_context(_served(path, each.format, aio)) for path, each in zip(paths, found)]
+        for turn in range(writes // _TURN):
+            order = range(len(found))
+            # Back and forth, so that none always follows the same.
+            for number in order if turn % 2 else reversed(order):
+                ground.settle(mount_point)
+                milliseconds[number] += _write(uris[number], turn)
+    for subject, taken in zip(found, milliseconds):
+        subject.iops.append(1000 * (writes // _TURN) * _TURN / taken)
+
+
+def _write(uri: str, turn: int) -> int:
+    """Write the same places on each disk, and return the milliseconds that it took."""
+    done = subprocess.run(
+        [
+            "fio", "--name=first-writes", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=1",
+            "--fsync=1", f"--offset={_BASE_SIZE}", f"--size={_DISK_SIZE - _BASE_SIZE}", f"--io_size={_TURN * 4096}",
+            # With randrepeat, which is fio's default, it takes no notice of the seed.
+            "--randrepeat=0", f"--randseed={turn + 1}", "--output-format=json",
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # fio prints notes before its JSON.
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["write"]
+    if job["total_ios"] != _TURN:
+        raise RuntimeError(f"fio made {job['total_ios']} writes instead of {_TURN}")
+    return int(job["runtime"])
 
 
 @contextlib.contextmanager
@@ -141,7 +162,7 @@ def table(found: list[Subject]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--writes", type=int, default=5000, help="in a run; default: %(default)s")
+    parser.add_argument("--writes", type=int, default=5000, help=f"a disk and run, by {_TURN}; default: %(default)s")
     parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
     parser.add_argument("--aio", choices=("native", "threads", "io_uring"), default="native",
                         help="native is what Nova chooses for a preallocated disk; default: %(default)s")  # fmt: skip
@@ -153,10 +174,8 @@ def main() -> int:
         os.mkdir(instances_path)
         base = ground.base_image(os.path.join(mount_point, "image.raw"), _BASE_SIZE)
         found = subjects(instances_path, base)
-        for number in range(args.runs):
-            # Back and forth, so that none always follows the same.
-            for subject in found if number % 2 == 0 else reversed(found):
-                subject.iops.append(measure(subject, args.writes, args.aio, mount_point))
+        for _ in range(args.runs):
+            measure(found, args.writes, args.aio, mount_point)
         facts = {
             **ground.versions(),
             "filesystem": args.filesystem,

@@ -37,6 +37,9 @@ _EXTENT_UNWRITTEN = 0x0800
 _EXTENT_SHARED = 0x2000
 _EXTENTS_A_CALL = 512
 
+# A process each.
+_MOST_GAPS = 500
+
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
 
@@ -63,6 +66,28 @@ def reserve(path: str, start: int, length: int) -> None:
     :raises: NoSpace, CommandFailed
     """
     command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), path)
+
+
+def gaps(path: str, start: int, end: int) -> list[Extent]:
+    """List what is not set aside between start and end, in no more than _MOST_GAPS pieces.
+
+    For reserve(), because XFS wants as much free space as the whole range has,
+    allocated already or not.
+    """
+    found = extents(path)
+    if found is None:
+        return [Extent(start, end - start)]
+    missing: list[Extent] = []
+    position = start
+    for extent in [*found, Extent(end, 0)]:
+        if min(extent.start, end) > position:
+            missing.append(Extent(position, min(extent.start, end) - position))
+        position = max(position, extent.end)
+    if len(missing) <= _MOST_GAPS:
+        return missing
+    size = -(-len(missing) // _MOST_GAPS)
+    groups = [missing[first : first + size] for first in range(0, len(missing), size)]
+    return [Extent(group[0].start, group[-1].end - group[0].start) for group in groups]
 
 
 def write_zeros(path: str) -> None:

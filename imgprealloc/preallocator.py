@@ -527,8 +527,8 @@ def _unshare(path: str) -> None:
 def _fill(path: str, length: int, offer: Terms, start: int = 0) -> None:
     """Fill the holes of a file; with zeros, where there is no other way."""
     if offer.holds_space:
-        if length:
-            fallocate.reserve(path, start, length)
+        for gap in fallocate.gaps(path, start, start + length):
+            fallocate.reserve(path, gap.start, gap.length)
     elif offer.mode == "full":
         fallocate.write_zeros(path)
 

@@ -69,11 +69,13 @@ def convert(
 ) -> None:
     """Copy an image into a new one of the same format, over the same backing file.
 
-    With -S 0: otherwise qemu-img gives back the clusters where it finds zeros.
+    Over a backing file with -S 0: otherwise qemu-img gives back the clusters
+    that hold zeros. The price is that zeros are written beyond its end.
     """
     backing = [] if backing_file is None else ["-B", backing_file, "-F", str(backing_format)]
     formats = ["-f", format, "-O", format, *backing]
-    command.run(path, "qemu-img", "convert", "-q", "-S", "0", *formats, *_options(options), path, target)
+    sparse = [] if backing_file is None else ["-S", "0"]
+    command.run(path, "qemu-img", "convert", "-q", *sparse, *formats, *_options(options), path, target)
 
 
 def resize(path: str, size: int, format: str, preallocation: str) -> None:

@@ -130,9 +130,6 @@ def differences(path, other, *, format="qcow2", other_format="qcow2"):
     )  # fmt: skip
     if done.returncode:
         return done.stdout + done.stderr
-    sizes = info(path, format)["virtual-size"], info(other, other_format)["virtual-size"]
-    if sizes[0] != sizes[1]:
-        return f"virtual sizes {sizes}"
     if digest(path, format) != digest(other, other_format):
         return "qemu-img compare finds them alike, but other bytes are read"
     return ""

@@ -51,6 +51,27 @@ def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
 
 
+def test_gaps_are_what_is_not_set_aside_also_past_the_last_extent() -> None:
+    found = [Extent(0, 4096), Extent(8192, 4096, written=False)]
+    with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
+        assert fallocate.gaps(DISK, 2048, 20000) == [Extent(4096, 4096), Extent(12288, 7712)]
+        assert fallocate.gaps(DISK, 0, 4096) == []
+
+
+def test_filesystem_that_cannot_tell_has_one_gap() -> None:
+    with fixtures.MockPatchObject(fallocate, "extents", lambda path: None):
+        assert fallocate.gaps(DISK, 512, 4096) == [Extent(512, 3584)]
+
+
+def test_very_many_gaps_are_taken_together() -> None:
+    found = [Extent(number * 8192 + 4096, 4096) for number in range(5000)]
+    with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
+        gaps = fallocate.gaps(DISK, 0, 5000 * 8192)
+
+    assert len(gaps) <= 500
+    assert (gaps[0].start, gaps[-1].end) == (0, 4999 * 8192 + 4096)
+
+
 def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs) -> None:
     programs.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 

@@ -173,8 +173,10 @@ def test_convert_names_the_format_of_both_ends_and_keeps_the_backing_file(progra
     assert call.argv[-2:] == (DISK, "/new")
 
 
-def test_convert_keeps_clusters_mapped_that_read_as_zeros(programs: Programs) -> None:
-    qemu_img.convert(DISK, "/new", "qcow2", {"preallocation": "falloc"})
+def test_convert_keeps_clusters_mapped_that_read_as_zeros_over_a_backing_file(programs: Programs) -> None:
+    backing = {"backing_file": "/base", "backing_format": "raw"}
+
+    qemu_img.convert(DISK, "/new", "qcow2", {"preallocation": "falloc"}, **backing)
 
     assert programs.calls[0].after("-S") == "0"
 
