@@ -194,11 +194,13 @@ def guest(path, *, format="qcow2"):
 
 def end(pid, number):
     """Send a signal to a process that we started, and wait until it is gone."""
-    os.kill(pid, number)
     deadline = time.monotonic() + 30
     while os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in _status(pid):
         assert time.monotonic() < deadline, f"process {pid} does not end"
-        time.sleep(0.01)
+        # Again and again: qemu-nbd forgets a signal that comes just before its main loop.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        time.sleep(0.02)
 
 
 def _status(pid):
