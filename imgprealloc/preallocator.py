@@ -53,13 +53,8 @@ _NO_ROOM = "there is no room for a new disk beside it"
 _NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
 
-@dataclasses.dataclass(frozen=True)
-class Treatment:
-    """What to run on a disk, and the states that it may have afterwards."""
-
-    run: Callable[[], None]
-    states: tuple[str, ...]
-
+# What to do to a disk with data; returns the disk as it is afterwards.
+Treatment = Callable[[], DiskImage]
 
 _Verb = TypeVar("_Verb", bound=Callable[..., DiskImage])
 
@@ -147,8 +142,8 @@ class Preallocator:
         size = _round_up(size, _SECTOR)
         started = time.monotonic()
         offer = terms.offered(path, self.mode, self.on_unsupported)
-        strategy._make(os.path.abspath(path), size, offer, backing, backing_format)
-        return strategy._promised(path, offer, offer.states, "absent", started)
+        after = strategy._make(path, size, offer, backing, backing_format)
+        return _logged(after, offer, "absent", started)
 
     @_told
     def preallocate(
@@ -169,8 +164,7 @@ class Preallocator:
         blank = strategy._blank(path, certain=named is not None)
         if blank is not None:
             offer = terms.offered(path, self.mode, self.on_unsupported)
-            strategy._recreate(os.path.abspath(path), blank, offer)
-            return strategy._promised(path, offer, offer.states, "blank", started)
+            return _logged(strategy._recreate(path, blank, offer), offer, "blank", started)
         before = strategy._read(path)
         if strategy._is_done(before, self.mode):
             LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
@@ -180,8 +174,7 @@ class Preallocator:
         if treatment is None:
             LOG.debug("%s: left %s in mode %s", path, before.state, offer.mode)
             return before
-        treatment.run()
-        return strategy._promised(path, offer, treatment.states, before.state, started)
+        return _logged(treatment(), offer, before.state, started)
 
     @_told
     def resize(self, path: str | os.PathLike[str], size: int, *, format: str | None = None) -> DiskImage:
@@ -212,7 +205,7 @@ class Preallocator:
         kept = (before.state, *offer.states)
         if before.state == "thin":
             kept += ("reserved",)
-        return strategy._promised(path, offer, kept, before.state, started)
+        return _logged(strategy._promised(strategy._read(path), offer, kept), offer, before.state, started)
 
     # What each format answers for itself.
 
@@ -234,11 +227,11 @@ class Preallocator:
         """Return what is to be made anew of a disk that holds nothing, or None."""
         return None
 
-    def _recreate(self, path: str, blank: Blank, offer: Terms) -> None:
+    def _recreate(self, path: str, blank: Blank, offer: Terms) -> DiskImage:
         """Put a preallocated disk in the place of one that holds nothing."""
         raise NotImplementedError
 
-    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> DiskImage:
         """Create a preallocated disk at path."""
         raise NotImplementedError
 
@@ -266,28 +259,44 @@ class Preallocator:
             self.mode, on_unsupported=self.on_unsupported, overlay_cluster_size=self.overlay_cluster_size
         )
 
-    def _promised(self, path: str, offer: Terms, states: tuple[str, ...], before: str, started: float) -> DiskImage:
-        """Read a disk again, and compare it with what was promised.
+    def _put(self, path: str, offer: Terms, write: Callable[[str], None]) -> DiskImage:
+        """Have a new file written beside path, read it, and let it become the disk if it is what was promised.
 
         :raises: NotPreallocated
         """
-        after = self._read(path)
-        LOG.info(
-            "%s: mode %s, %s before, %s now, %.2f s",
-            path,
-            offer.mode,
-            before,
-            after.state,
-            time.monotonic() - started,
-        )
+        found: list[DiskImage] = []
+
+        def judge(new: str) -> None:
+            image = dataclasses.replace(self._read(new), path=path)
+            found.append(self._promised(image, offer, offer.states))
+
+        with replacement.new_disk(os.path.abspath(path), judge) as new:
+            write(new)
+        return found[0]
+
+    def _hold(
+        self, image: DiskImage, length: int, offer: Terms, states: tuple[str, ...], *, zeros: bool = False
+    ) -> DiskImage:
+        """Set aside the space of a disk up to length, where it is.
+
+        :param zeros: whether what was never written is to be written, too
+        """
+        _hold(image, length, offer, zeros=zeros)
+        return self._promised(self._read(image.path), offer, states)
+
+    def _promised(self, after: DiskImage, offer: Terms, states: tuple[str, ...]) -> DiskImage:
+        """Compare a disk as it has just been read with what was promised.
+
+        :raises: NotPreallocated
+        """
         if after.state in states or self._is_done(after, offer.mode):
             return after
         short = f"mode {offer.mode} left it {after.state}, {after.shortfall} bytes short"
         if offer.holds_space:
             raise exceptions.NotPreallocated(
-                path, short, "The filesystem does not keep what it promises; see imgprealloc show.", after
+                after.path, short, "The filesystem does not keep what it promises; see imgprealloc show.", after
             )
-        terms.warn_once(path, short)
+        terms.warn_once(after.path, short)
         return after
 
 
@@ -311,27 +320,31 @@ class RawPreallocator(Preallocator):
         if self._is_done(image, offer.mode):
             return None
         if not image.copy_on_write:
-            return Treatment(lambda: _hold(image, image.file_size, offer, zeros=offer.mode == "full"), offer.states)
+            zeros = offer.mode == "full"
+            return functools.partial(self._hold, image, image.file_size, offer, offer.states, zeros=zeros)
         if not offer.nocow:
             return None
         if not rewrite:
             raise _copied_on_write(image.path)
-        return Treatment(lambda: self._copy(image, offer), offer.states)
+        return functools.partial(self._copy, image, offer)
 
-    def _copy(self, image: DiskImage, offer: Terms) -> None:
+    def _copy(self, image: DiskImage, offer: Terms) -> DiskImage:
         path = os.path.abspath(image.path)
         terms.require_space(path, image.virtual_size)
-        with replacement.new_disk(path) as new:
+
+        def write(new: str) -> None:
             _refuse_changed(path, image.modified)
             qemu_img.convert(path, new, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
 
-    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+        return self._put(image.path, offer, write)
+
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> DiskImage:
         if backing is not None:
             raise exceptions.UnsupportedFormat(path, "a raw disk has no backing file", "Create it as qcow2.")
         if offer.mode != "metadata":
             terms.require_space(path, size)
-        with replacement.new_disk(path) as new:
-            qemu_img.create(new, size, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
+        options = {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]}
+        return self._put(path, offer, lambda new: qemu_img.create(new, size, "raw", options))
 
     def _grow(self, image: DiskImage, size: int, offer: Terms) -> None:
         path = os.path.abspath(image.path)
@@ -355,7 +368,7 @@ class Qcow2Preallocator(Preallocator):
         if self._is_done(image, offer.mode):
             return None
         if image.mapped and not image.copy_on_write:
-            return Treatment(lambda: _hold(image, image.file_size, offer), offer.states)
+            return functools.partial(self._hold, image, image.file_size, offer, offer.states)
         if image.mapped and not offer.nocow:
             return None
         if rewrite:
@@ -363,7 +376,7 @@ class Qcow2Preallocator(Preallocator):
             if obstacle is None and self._lacks_room(image.path, image.virtual_size) and self._could_be_held(image):
                 obstacle = _NO_ROOM
             if obstacle is None:
-                return Treatment(lambda: self._rewrite(image, offer), offer.states)
+                return functools.partial(self._rewrite, image, offer)
             terms.warn_once(image.path, f"{obstacle}; {_NOT_REPLACED}")
         if not offer.holds_space:
             return None
@@ -371,7 +384,7 @@ class Qcow2Preallocator(Preallocator):
             raise _copied_on_write(image.path)
         if image.held:
             return None
-        return Treatment(lambda: _hold(image, image.worst_case_size, offer), ("reserved", "preallocated"))
+        return functools.partial(self._hold, image, image.worst_case_size, offer, ("reserved", "preallocated"))
 
     def _blank(self, path: str, *, certain: bool) -> Blank | None:
         status = reading.regular_file(path)
@@ -411,20 +424,21 @@ class Qcow2Preallocator(Preallocator):
             return _MAY_BE_RAW
         return _obstacle_in_header(image)
 
-    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> None:
+    def _make(self, path: str, size: int, offer: Terms, backing: str | None, backing_format: str | None) -> DiskImage:
         if backing is not None:
             if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
                 raise exceptions.QemuImgTooOld(path, _TOO_OLD, "Install QEMU 5.2 or later.")
             backing_format = backing_format or reading.detected_format(_beside(path, backing))
-        with replacement.new_disk(path) as new:
-            self._write(path, new, size, offer, backing, backing_format)
+        return self._put(path, offer, lambda new: self._write(path, new, size, offer, backing, backing_format))
 
-    def _recreate(self, path: str, blank: Blank, offer: Terms) -> None:
-        with replacement.new_disk(path) as new:
+    def _recreate(self, path: str, blank: Blank, offer: Terms) -> DiskImage:
+        def write(new: str) -> None:
             _refuse_changed(path, blank.modified)
             self._write(
                 path, new, blank.virtual_size, offer, blank.backing_file, blank.backing_format, blank.cluster_size
             )
+
+        return self._put(path, offer, write)
 
     def _write(
         self,
@@ -450,21 +464,24 @@ class Qcow2Preallocator(Preallocator):
             first_size = min(size, _round_up(max(base_size, 1), self.overlay_cluster_size))
         qemu_img.create(new, first_size, "qcow2", options, backing_file=backing_file, backing_format=backing_format)
         if first_size < size:
-            with replacement.zeros(path, size) as zeros:
+            with replacement.zeros(os.path.abspath(path), size) as zeros:
                 qemu_img.resize_over_zeros(new, size, zeros, offer.mode, flush=False)
         _fill(new, os.path.getsize(new), offer)
 
-    def _rewrite(self, image: DiskImage, offer: Terms) -> None:
+    def _rewrite(self, image: DiskImage, offer: Terms) -> DiskImage:
         path = os.path.abspath(image.path)
         if offer.mode != "metadata":
             terms.require_space(path, image.virtual_size)
         options = self._options(offer, image.backing_file, image.cluster_size)
-        with replacement.new_disk(path) as new:
+
+        def write(new: str) -> None:
             _refuse_changed(path, image.modified)
             qemu_img.convert(
                 path, new, "qcow2", options, backing_file=image.backing_file, backing_format=image.backing_format
             )
             _fill(new, os.path.getsize(new), offer)
+
+        return self._put(image.path, offer, write)
 
     def _options(self, offer: Terms, backing_file: str | None, cluster_size: int | None) -> dict[str, str]:
         options = {**offer.nocow, "preallocation": offer.mode}
@@ -503,6 +520,13 @@ FORMATS: dict[str, type[Preallocator]] = {
     "raw": RawPreallocator,
     "qcow2": Qcow2Preallocator,
 }
+
+
+def _logged(after: DiskImage, offer: Terms, before: str, started: float) -> DiskImage:
+    """Log what a verb has done; the one line that a disk gets."""
+    seconds = time.monotonic() - started
+    LOG.info("%s: mode %s, %s before, %s now, %.2f s", after.path, offer.mode, before, after.state, seconds)
+    return after
 
 
 def _hold(image: DiskImage, length: int, offer: Terms, *, zeros: bool = False) -> None:

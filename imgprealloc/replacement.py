@@ -7,7 +7,9 @@ the next run replaces. What goes into the new file is the caller's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
 import os
 
@@ -23,13 +25,15 @@ ZEROS_SUFFIX = ".imgprealloc-zeros"
 
 
 @contextlib.contextmanager
-def new_disk(path: str) -> Iterator[str]:
+def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
     """Give the name of an empty file that becomes path when the block ends well.
 
     The new file is on stable storage before it gets its name. A disk that
     stands at path hands down its mode, owner and extended attributes, and must
     not be opened by QEMU for writing meanwhile.
 
+    :param judge: called with the new file's name when the block has ended; if
+        it raises, the file does not become path
     :raises: ImageInUse, UnsupportedFormat (a link, whose other names would
         keep the old disk), CommandFailed
     """
@@ -44,13 +48,13 @@ def new_disk(path: str) -> Iterator[str]:
             _copy_attributes(path, fd)
         try:
             yield temporary
+            # Side by side: the one waits for the storage, the other for qemu-img.
+            with _flushing(path, temporary):
+                judge(temporary)
         except exceptions.PreallocationError as exc:
             # The disk is what the caller knows.
             exc.path = path if exc.path == temporary else exc.path
             raise
-        # sync(1) and not os.fsync(): after mode full there may be minutes of
-        # writing to wait for, and eventlet has only this one thread.
-        command.run(path, "sync", temporary)
         if not _is(fd, temporary):
             raise exceptions.ImageInUse(
                 path, "another program has removed or replaced the new file", "Nothing was changed; try again."
@@ -60,6 +64,17 @@ def new_disk(path: str) -> Iterator[str]:
         else:
             _publish(temporary, path)
         _sync_directory(os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def _flushing(path: str, temporary: str) -> Iterator[None]:
+    """Bring the new file to stable storage while the block runs, and wait for that when it has ended well."""
+    with futures.ThreadPoolExecutor(max_workers=1) as other:
+        # sync(1) and not os.fsync(): after mode full there may be minutes of
+        # writing to wait for, and eventlet has only this one thread.
+        flushing = other.submit(command.run, path, "sync", temporary)
+        yield
+        flushing.result()
 
 
 @contextlib.contextmanager

@@ -203,6 +203,8 @@ class Host(Programs):
         # No disk of a test has to outlive a crash, and waiting would take most of the time.
         self.useFixture(fixtures.MockPatchObject(os, "fsync", lambda fd: None))
         self.useFixture(fixtures.MockPatchObject(fallocate, "extents", self._extents))
+        # What happens without a process could not be seen.
+        self.useFixture(fixtures.MockPatchObject(fallocate, "AT_ONCE", 0))
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))

@@ -241,7 +241,7 @@ def test_what_was_found_is_kept_with_the_promise_that_was_broken(host: Host) -> 
     error = raised(exceptions.NotPreallocated, not_preallocated, host)
 
     assert isinstance(error, exceptions.NotPreallocated)
-    assert error.image == Preallocator().inspect(host.path())
+    assert (error.image.path, error.image.state) == (host.path(), "mapped")
 
 
 def test_a_path_object_becomes_text() -> None:

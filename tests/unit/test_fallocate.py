@@ -41,14 +41,24 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
-    fallocate.reserve(DISK, 4096, 8192)
+    fallocate.reserve(DISK, 4096, units.Gi)
 
     [call] = programs.calls
     assert call.argv[0] == "fallocate"
     assert "-n" in call.argv
-    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", "8192", DISK)
+    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", str(units.Gi), DISK)
     # Nothing that would change what the file reads as.
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
+
+
+def test_a_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
+    file.write_bytes(b"data")
+
+    fallocate.reserve(str(file), 0, 128 * units.Ki)
+
+    assert programs.calls == []
+    assert file.read_bytes() == b"data"
+    assert os.stat(file).st_blocks * 512 >= 128 * units.Ki
 
 
 def test_gaps_are_what_is_not_set_aside_also_past_the_last_extent() -> None:
@@ -76,7 +86,7 @@ def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs) -> Non
     programs.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace, match=DISK):
-        fallocate.reserve(DISK, 0, 1)
+        fallocate.reserve(DISK, 0, units.Gi)
 
 
 def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(

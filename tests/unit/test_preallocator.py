@@ -339,9 +339,22 @@ def test_a_filesystem_that_breaks_its_word_is_found_out(host: Host) -> None:
     with pytest.raises(exceptions.NotPreallocated) as caught:
         Preallocator().create(host.path(), SIZE)
 
-    assert caught.value.image == Preallocator().inspect(host.path())
+    assert (caught.value.image.path, caught.value.path) == (host.path(), host.path())
     assert (caught.value.image.state, caught.value.image.shortfall > SIZE) == ("mapped", True)
     assert f"{caught.value.image.shortfall} bytes short" in caught.value.reason
+    assert host.files == []
+
+
+def test_a_disk_is_not_replaced_by_one_that_is_not_what_was_promised(host: Host) -> None:
+    path = host.overlay()
+    before = os.stat(path)
+    host.honest = False
+
+    with pytest.raises(exceptions.NotPreallocated):
+        Preallocator().preallocate(path)
+
+    assert os.stat(path) == before
+    assert host.files == ["base", "disk"]
 
 
 @pytest.mark.parametrize(

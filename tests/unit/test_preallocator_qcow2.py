@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -845,3 +846,16 @@ def test_a_raw_disk_is_not_taken_for_qcow2(host: Host) -> None:
 
     assert host.changes == []
     assert RawPreallocator().preallocate(path).state == "preallocated"
+
+
+def test_no_room_for_a_small_hole_is_no_space_too(host: Host) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_once = fixtures.MockPatchObject(fallocate, "AT_ONCE", units.Mi)
+    filled = fixtures.MockPatchObject(fallocate, "_fallocate", full)
+    with at_once, filled, pytest.raises(exceptions.NoSpace) as caught:
+        Qcow2Preallocator().create(host.path(), SIZE)
+
+    assert (caught.value.path, caught.value.stderr) == (host.path(), os.strerror(errno.ENOSPC))
+    assert host.files == []

@@ -100,6 +100,20 @@ def test_an_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.
     assert not existed or disk.read_bytes() == b"old"
 
 
+def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+
+    def judge(new: str) -> None:
+        assert pathlib.Path(new).read_bytes() == b"new"
+        raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError), replacement.new_disk(str(disk), judge) as new:
+        pathlib.Path(new).write_bytes(b"new")
+
+    assert disk.read_bytes() == b"old"
+    assert names(disk) == ["disk"]
+
+
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
     if existed:
