@@ -48,9 +48,7 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
             _copy_attributes(path, fd)
         try:
             yield temporary
-            # Side by side: the one waits for the storage, the other for qemu-img.
-            with _flushing(path, temporary):
-                judge(temporary)
+            _flush_and_judge(path, temporary, judge)
         except exceptions.PreallocationError as exc:
             # The disk is what the caller knows.
             exc.path = path if exc.path == temporary else exc.path
@@ -66,15 +64,14 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
         _sync_directory(os.path.dirname(path))
 
 
-@contextlib.contextmanager
-def _flushing(path: str, temporary: str) -> Iterator[None]:
-    """Bring the new file to stable storage while the block runs, and wait for that when it has ended well."""
+def _flush_and_judge(path: str, temporary: str, judge: Callable[[str], object]) -> None:
+    """Bring the new file to stable storage, and have it judged meanwhile."""
     with futures.ThreadPoolExecutor(max_workers=1) as other:
+        judging = other.submit(judge, temporary)
         # sync(1) and not os.fsync(): after mode full there may be minutes of
         # writing to wait for, and eventlet has only this one thread.
-        flushing = other.submit(command.run, path, "sync", temporary)
-        yield
-        flushing.result()
+        command.run(path, "sync", temporary)
+        judging.result()
 
 
 @contextlib.contextmanager
