@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import dataclasses
 from importlib import metadata
 import importlib.util
+import logging
 import os
 import types
 import warnings
@@ -58,8 +59,9 @@ def check(config_files: list[str]) -> Iterator[Finding]:
 
     # Nova settles eventlet or threads as it is imported; here is no service.
     os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
-    # And nobody here can heed what Nova's own libraries warn of.
+    # And nobody here can heed what Nova's own libraries warn and tell of.
     warnings.simplefilter("ignore")
+    logging.getLogger("oslo_service").setLevel(logging.WARNING)
     import nova.conf
 
     conf = nova.conf.CONF
