@@ -204,7 +204,7 @@ class Preallocator:
         strategy._grow(before, size, offer)
         kept = (before.state, *offer.states)
         if before.state == "thin":
-            kept += ("reserved",)
+            kept += ("reserved", "mapped")
         return _logged(strategy._promised(strategy._read(path), offer, kept), offer, before.state, started)
 
     # What each format answers for itself.
@@ -502,11 +502,18 @@ class Qcow2Preallocator(Preallocator):
                 os.truncate(path, _round_up(image.image_end, image.cluster_size or 1))
         file_size = os.path.getsize(path)
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
-        if not image.extended_l2 or image.backing_file is None or offer.mode == "metadata" or size <= aligned:
-            qemu_img.resize(path, size, "qcow2", offer.mode)
+        # In mode metadata QEMU maps clusters that were freed before, and shows
+        # the guest what was in them, unless it has to hide a backing file.
+        mode = "off" if offer.mode == "metadata" else offer.mode
+        if offer.mode == "metadata":
+            over_zeros = qcow2_header.can_zero_clusters(path)
+        else:
+            over_zeros = image.extended_l2 and image.backing_file is not None
+        if not over_zeros or size <= aligned:
+            qemu_img.resize(path, size, "qcow2", mode)
         else:
             if aligned > image.virtual_size:
-                qemu_img.resize(path, aligned, "qcow2", offer.mode)
+                qemu_img.resize(path, aligned, "qcow2", mode)
             with replacement.zeros(path, size) as zeros:
                 qemu_img.resize_over_zeros(path, size, zeros, offer.mode)
         _fill(path, os.path.getsize(path) - file_size, offer, start=file_size)

@@ -96,6 +96,13 @@ def blank(path: str) -> Blank | None:
     )
 
 
+def can_zero_clusters(path: str) -> bool:
+    """Whether the format has a mark for a cluster that reads as zeros: since version 3 (compat=1.1)."""
+    with open(path, "rb") as file:
+        head = file.read(_VERSION_2.size)
+    return len(head) == _VERSION_2.size and _VERSION_2.unpack(head)[1] >= 3
+
+
 def require(path: str) -> None:
     """Refuse a file that does not begin like qcow2.
 

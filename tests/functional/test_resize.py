@@ -387,3 +387,34 @@ def test_overlay_without_data_that_grew_is_preallocated_then(folder):
     image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
 
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
+
+
+def compressed_and_overwritten(path, source, **options):
+    """Make a qcow2 disk whose compressed clusters were freed when its guest wrote over them."""
+    with open(source, "wb") as file:
+        for _ in range(128):
+            file.write(os.urandom(24 * KiB) + b"secret  " * (5 * KiB))
+    chosen = ["-o", ",".join(f"{key}={value}" for key, value in options.items())] if options else []
+    images.qcow2_of(path, source, "-c", *chosen)
+    images.qemu_io(path, "write -P 1 0 8M")
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+def test_grown_part_does_not_show_what_was_in_freed_clusters(folder, compat, mode):
+    path = compressed_and_overwritten(folder / "disk", folder / "source", compat=compat)
+
+    Preallocator(mode).resize(path, 9 * MiB, format="qcow2")
+
+    images.qemu_io(path, "read -P 0 8M 1M")
+    images.check(path)
+
+
+@pytest.mark.parametrize("kind", ["ext2"])
+def test_grown_part_does_not_show_it_either_where_the_filesystem_cannot_hold_space(folder):
+    path = compressed_and_overwritten(folder / "disk", folder / "source")
+
+    assert Preallocator().resize(path, 9 * MiB, format="qcow2").state == "mapped"
+
+    images.qemu_io(path, "read -P 0 8M 1M")
