@@ -8,7 +8,6 @@ system call in ours would stop every other thread of nova-compute.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Iterator
 import ctypes
 import dataclasses
 import errno
@@ -33,7 +32,6 @@ _FIEMAP = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
 _FIEMAP_MAX_LENGTH = 2**64 - 1
 _EXTENT_LAST = 0x0001
-_EXTENT_UNWRITTEN = 0x0800
 _EXTENT_SHARED = 0x2000
 _EXTENTS_A_CALL = 512
 
@@ -53,7 +51,6 @@ class Extent:
 
     start: int
     length: int
-    written: bool = True
     shared: bool = False
 
     @property
@@ -125,34 +122,46 @@ def unshare(path: str, shared: Iterable[Extent]) -> None:
 def extents(path: str) -> list[Extent] | None:
     """Return what the filesystem has set aside for a file, also past its end.
 
+    In as few pieces as can be told apart: a guest that writes in random order
+    makes an extent of each 4 KiB, 26 million in 100 GiB.
+
     :returns: None where the filesystem cannot tell (tmpfs, NFS)
     """
     with open(path, "rb") as file:
         try:
-            return list(_fiemap(file.fileno()))
+            return _fiemap(file.fileno())
         except OSError as exc:
             if exc.errno in _NOT_SUPPORTED:
                 return None
             raise
 
 
-def _fiemap(fd: int) -> Iterator[Extent]:
-    start = 0
-    while True:
+def _fiemap(fd: int) -> list[Extent]:
+    joined: list[Extent] = []
+    # The piece that the next extent may belong to.
+    start, end, was_shared = 0, 0, False
+    position, flags = 0, 0
+    while not flags & _EXTENT_LAST:
         # Without FIEMAP_FLAG_SYNC, which would wait for the writes of a guest:
         # delayed allocations are listed too, and count as set aside.
         buffer = bytearray(_FIEMAP.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(buffer, 0, start, _FIEMAP_MAX_LENGTH - start, 0, 0, _EXTENTS_A_CALL, 0)
+        _FIEMAP.pack_into(buffer, 0, position, _FIEMAP_MAX_LENGTH - position, 0, 0, _EXTENTS_A_CALL, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         found = _FIEMAP.unpack_from(buffer)[3]
-        flags = _EXTENT_LAST
-        for number in range(found):
-            offset = _FIEMAP.size + number * _FIEMAP_EXTENT.size
-            logical, _, length, _, _, flags, _, _, _ = _FIEMAP_EXTENT.unpack_from(buffer, offset)
-            yield Extent(logical, length, not flags & _EXTENT_UNWRITTEN, bool(flags & _EXTENT_SHARED))
-            start = logical + length
-        if flags & _EXTENT_LAST:
-            return
+        if not found:
+            break
+        answer = memoryview(buffer)[_FIEMAP.size : _FIEMAP.size + found * _FIEMAP_EXTENT.size]
+        for logical, _, length, _, _, flags, _, _, _ in _FIEMAP_EXTENT.iter_unpack(answer):
+            shared = bool(flags & _EXTENT_SHARED)
+            position = logical + length
+            if logical != end or shared != was_shared:
+                if end > start:
+                    joined.append(Extent(start, end - start, was_shared))
+                start, was_shared = logical, shared
+            end = position
+    if end > start:
+        joined.append(Extent(start, end - start, was_shared))
+    return joined
 
 
 def held(found: Iterable[Extent], end: int) -> int:
@@ -177,7 +186,7 @@ def _holes(path: str) -> list[Extent]:
                 if exc.errno != errno.ENXIO:
                     raise
                 data = end
-            found.append(Extent(start, data - start, written=False))
+            found.append(Extent(start, data - start))
             start = os.lseek(file.fileno(), data, os.SEEK_HOLE) if data < end else end
     return found
 
