@@ -20,6 +20,12 @@ from imgprealloc import exceptions
 # both print strerror(3): under LC_ALL=C this is all that there is to go by.
 _NO_SPACE = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
+_ENVIRONMENT = {
+    "LC_ALL": "C",
+    # Else each thread of QEMU's takes 64 MiB of the address space that it may have.
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 def run(
     path: str,
@@ -30,6 +36,8 @@ def run(
     """Run a program that works on the disk at path, and return what it printed.
 
     :param path: the disk, for the error's text
+    :param argv: all paths in it absolute, because it is run in /: Python would
+        import modules from the folder that it is started in
     :param limits: oslo.concurrency's ProcessLimits to run under
     :param exit_codes: the exit statuses that are no failure
     :raises: NoSpace, QemuImgMissing, QemuImgKilled, CommandFailed
@@ -38,7 +46,8 @@ def run(
         stdout, _ = processutils.execute(
             *argv,
             check_exit_code=list(exit_codes),
-            env_variables={**os.environ, "LC_ALL": "C"},
+            cwd="/",
+            env_variables={**os.environ, **_ENVIRONMENT},
             prlimit=limits,
         )
     except OSError as exc:

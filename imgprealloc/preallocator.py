@@ -49,6 +49,7 @@ _RAW_PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
 
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _MAY_BE_RAW = "it has bytes after the end of the image, and may be a raw disk that a guest wrote a header to"
+_NO_FILE = "is named by a protocol of QEMU's"
 _NO_ROOM = "there is no room for a new disk beside it"
 _NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
@@ -313,8 +314,11 @@ class RawPreallocator(Preallocator):
 
     @staticmethod
     def _virtual_size(path: str, format: str | None) -> int:
+        if not os.path.isfile(path):
+            # Such as a block device, whose length stat(2) does not tell.
+            return reading.virtual_size(path, format)
         # Its length, in whole sectors; no need to ask qemu-img.
-        return _round_up(reading.regular_file(path).st_size, _SECTOR)
+        return _round_up(os.path.getsize(path), _SECTOR)
 
     def _treatment(self, image: DiskImage, offer: Terms, *, rewrite: bool, certain: bool) -> Treatment | None:
         if self._is_done(image, offer.mode):
@@ -428,6 +432,8 @@ class Qcow2Preallocator(Preallocator):
         if backing is not None:
             if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
                 raise exceptions.QemuImgTooOld(path, _TOO_OLD, "Install QEMU 5.2 or later.")
+            if _names_protocol(backing):
+                raise exceptions.UnsupportedFormat(path, f"its backing file {_NO_FILE}: {backing}", "Name a file.")
             backing_format = backing_format or reading.detected_format(_beside(path, backing))
         return self._put(path, offer, lambda new: self._write(path, new, size, offer, backing, backing_format))
 
@@ -578,6 +584,8 @@ def _has_stray_bytes(image: DiskImage) -> bool:
 def _obstacle_in_header(image: DiskImage | Blank) -> str | None:
     if image.backing_file is not None and image.backing_format is None:
         return "its header does not name its backing file's format"
+    if image.backing_file is not None and _names_protocol(image.backing_file):
+        return f"its backing file {_NO_FILE}"
     if image.backing_file is not None and qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
         return _TOO_OLD
     return None
@@ -585,7 +593,12 @@ def _obstacle_in_header(image: DiskImage | Blank) -> str | None:
 
 def _beside(path: str, backing_file: str) -> str:
     """Resolve a backing file's name as QEMU does, from the folder of the overlay."""
-    return os.path.join(os.path.dirname(path), backing_file)
+    return os.path.join(os.path.dirname(os.path.abspath(path)), backing_file)
+
+
+def _names_protocol(backing_file: str) -> bool:
+    """Whether QEMU takes a name for more than a file's, as in nbd://host or json:{}: a colon before any slash."""
+    return ":" in backing_file.partition("/")[0]
 
 
 def _check_size(path: str, size: int) -> None:

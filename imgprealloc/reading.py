@@ -53,7 +53,7 @@ def qcow2(path: str) -> DiskImage:
         check = checking.result()
     faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
-    if faults and not in_use:
+    if faults and not in_use and not lock.in_use(target):
         raise _broken(path, f"qemu-img check finds {faults} errors in it")
     # Absent where it is 0. A compressed cluster is moved when it is written.
     compressed = qemu_img.count(path, check, "compressed-clusters")
@@ -90,7 +90,13 @@ def detected_format(path: str) -> str:
 
 
 def virtual_size(path: str, format: str | None) -> int:
-    """Return the virtual size, in bytes, of an image such as a backing file."""
+    """Return the virtual size, in bytes, of an image such as a backing file, which may be a block device.
+
+    :raises: DiskNotFound, BrokenImage, QemuImgMissing, QemuImgKilled
+    """
+    if not (os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)):
+        # QEMU would wait for a pipe for ever.
+        regular_file(path)
     return qemu_img.number(path, qemu_img.info(path, format), "virtual-size")
 
 

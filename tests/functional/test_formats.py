@@ -354,14 +354,71 @@ def test_image_that_waits_for_its_repair_is_refused_and_untouched(folder, rewrit
     assert images.identity(disk) == before
 
 
-@each_verb
-def test_overlay_whose_base_is_gone_is_an_error_of_ours(folder, base, verb):
+@pytest.fixture
+def orphan(folder, base):
+    """Give an overlay with data whose base is gone."""
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 1M 1M")
     base.unlink()
+    return disk
 
-    with pytest.raises(exceptions.PreallocationError):
-        verb(Preallocator(), disk, format="qcow2")
+
+def test_overlay_whose_base_is_gone_can_still_be_read(orphan, base):
+    image = Preallocator().inspect(orphan, format="qcow2")
+
+    assert (image.state, image.backing_file) == ("thin", str(base))
+
+
+def test_overlay_whose_base_is_gone_can_still_be_reserved(orphan):
+    assert Preallocator().preallocate(orphan, format="qcow2").state == "reserved"
+
+
+def test_overlay_whose_base_is_gone_does_not_grow(orphan):
+    before = images.identity(orphan)
+
+    with pytest.raises(exceptions.PreallocationError, match="base"):
+        Preallocator().resize(orphan, 64 * MiB, format="qcow2")
+
+    assert images.identity(orphan) == before
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_base_that_is_a_pipe_keeps_nobody_waiting(folder, blank):
+    # A header may name what never answers; a pipe, or a server.
+    os.mkfifo(folder / "pipe")
+    disk = images.qcow2(folder / "disk", 32 * MiB)
+    if not blank:
+        images.qemu_io(disk, "write -P 0x5a 1M 1M")
+    images.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", folder / "pipe", "-F", "raw", disk)
+
+    assert Preallocator().inspect(disk, format="qcow2").state == "thin"
+    with contextlib.suppress(exceptions.DiskNotFound):
+        Preallocator().preallocate(disk, format="qcow2")
+
+
+def test_blank_overlay_whose_base_is_not_a_file_is_reserved(folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB)
+    images.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", f"file:{base}", "-F", "raw", disk)
+
+    assert Preallocator().preallocate(disk, format="qcow2").state == "reserved"
+
+
+def test_overlay_is_not_created_over_what_is_not_a_file(folder, base):
+    with pytest.raises(exceptions.UnsupportedFormat, match="protocol"):
+        Preallocator().create(folder / "disk", 32 * MiB, f"file:{base}", backing_format="raw")
+
+    assert os.listdir(folder) == ["base.raw"]
+
+
+def test_base_may_be_a_block_device(folder, base):
+    device = images.run("losetup", "--find", "--show", "--read-only", base).strip()
+    try:
+        disk = images.qcow2(folder / "disk", 32 * MiB, backing=device)
+
+        assert Preallocator().preallocate(disk, format="qcow2").state == "preallocated"
+        images.run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", disk, base)
+    finally:
+        images.run("losetup", "--detach", device)
 
 
 def test_overlay_without_data_whose_base_is_gone_is_untouched(folder, base):

@@ -330,7 +330,7 @@ class Host(Programs):
         return info
 
     def _check(self, call: Call) -> dict[str, Any]:
-        path = call.argv[-1]
+        path = json.loads(call.argv[-1].partition(":")[2])["file"]["filename"]
         disk = self._disks[_key(path)]
         check = {
             "image-end-offset": os.path.getsize(path),

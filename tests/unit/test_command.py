@@ -30,6 +30,19 @@ def test_programs_speak_the_c_locale_and_keep_the_rest_of_the_environment(progra
     assert (environment["LC_ALL"], environment["TMPDIR"]) == ("C", "/scratch")
 
 
+def test_no_python_imports_from_where_we_are(programs: Programs) -> None:
+    # Both oslo's wrapper for limits and our own helper are started with -m.
+    command.run(DISK, "qemu-img", "create", DISK)
+
+    assert programs.calls[0].kwargs["cwd"] == "/"
+
+
+def test_threads_of_a_program_do_not_take_its_address_space(programs: Programs) -> None:
+    command.run(DISK, "qemu-img", "check", DISK, limits=LIMITS)
+
+    assert programs.calls[0].kwargs["env_variables"]["MALLOC_ARENA_MAX"] == "1"
+
+
 def test_a_program_is_run_without_a_shell_and_without_root(programs: Programs) -> None:
     command.run(DISK, "qemu-img", "create", "$(reboot)")
 

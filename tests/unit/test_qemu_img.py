@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+import os
 from typing import Any
 
 from oslo_utils import units
@@ -42,8 +43,31 @@ def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     assert "-U" in call.argv
     assert call.limits is not None
     assert call.limits.cpu_time == 30
-    assert call.limits.address_space == units.Gi
+    assert call.limits.address_space == (2 * units.Gi if name == "check" else units.Gi)
     assert call.kwargs["env_variables"]["LC_ALL"] == "C"
+
+
+def test_a_check_leaves_the_backing_file_alone(programs: Programs) -> None:
+    programs.answers["check"] = said({})
+
+    qemu_img.check(DISK, "qcow2")
+
+    kind, _, image = programs.calls[0].argv[-1].partition(":")
+    assert kind == "json"
+    assert json.loads(image) == {
+        "driver": "qcow2",
+        "backing": None,
+        "file": {"driver": "file", "filename": DISK},
+    }
+
+
+def test_a_name_that_json_cannot_carry_is_given_as_it_is(programs: Programs) -> None:
+    programs.answers["check"] = said({})
+    name = os.fsdecode(b"/instances/\xff/disk")
+
+    qemu_img.check(name, "qcow2")
+
+    assert programs.calls[0].argv[-1] == name
 
 
 def test_only_an_image_of_unknown_format_is_looked_at_without_one(programs: Programs) -> None:
