@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import errno
 import fcntl
 import os
 import tempfile
@@ -37,9 +38,19 @@ class Filesystem:
 
 
 def under(directory: str) -> Filesystem:
-    """Look at the filesystem under a directory, with a nameless file of 1 MiB made for it."""
-    with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
-        can = fallocate.supported(probe.fileno(), units.Mi)
+    """Look at the filesystem under a directory, with a nameless file of 1 MiB made for it.
+
+    One that is too full for that is taken to have fallocate; what is really
+    asked of it will tell.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
+            can = fallocate.supported(probe.fileno(), units.Mi)
+    except OSError as exc:
+        # A full XFS has no room for another inode.
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        can = True
     kind = _type(directory)
     # ZFS is the only one here that has no nocow to ask for.
     return Filesystem(kind, can and kind != "zfs", kind in _COPY_ON_WRITE)
