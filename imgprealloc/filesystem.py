@@ -15,8 +15,10 @@ import psutil
 
 from imgprealloc import fallocate
 
-# Each overwrite goes to a new place, so that allocated space is no promise.
+# Each overwrite goes to a new place, so that allocated space is no promise,
+# unless the file has nocow, which qemu-img can set on btrfs only.
 _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs", "zfs"})
+_WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_NOCOW_FL = 0x00800000
@@ -52,8 +54,7 @@ def under(directory: str) -> Filesystem:
             raise
         can = True
     kind = _type(directory)
-    # ZFS is the only one here that has no nocow to ask for.
-    return Filesystem(kind, can and kind != "zfs", kind in _COPY_ON_WRITE)
+    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, kind in _COPY_ON_WRITE)
 
 
 def copies_on_write(path: str) -> bool:

@@ -47,8 +47,8 @@ def refusing(code: int) -> Callable[..., None]:
         ("xfs", True, Filesystem("xfs", fallocate=True, copy_on_write=False)),
         ("nfs4", False, Filesystem("nfs4", fallocate=False, copy_on_write=False)),
         ("btrfs", True, Filesystem("btrfs", fallocate=True, copy_on_write=True)),
-        ("bcachefs", True, Filesystem("bcachefs", fallocate=True, copy_on_write=True)),
-        # Even should the probe be taken in: it copies on write, and has no nocow.
+        # Even should the probe be taken in: they copy on write, and have no nocow.
+        ("bcachefs", True, Filesystem("bcachefs", fallocate=False, copy_on_write=True)),
         ("zfs", True, Filesystem("zfs", fallocate=False, copy_on_write=True)),
         ("zfs", False, Filesystem("zfs", fallocate=False, copy_on_write=True)),
     ],
