@@ -114,7 +114,7 @@ def _sync_directory(directory: str) -> None:
 
 
 def _remove_stale(path: str, temporary: str) -> None:
-    """Remove what a crash has left: nobody holds its lock, and its content is unknown.
+    """Remove what a crash has left: nobody holds its lock, no guest has it, and its content is unknown.
 
     :raises: ImageInUse
     """
@@ -126,6 +126,13 @@ def _remove_stale(path: str, temporary: str) -> None:
         if not lock.try_exclusive(fd):
             raise exceptions.ImageInUse(
                 path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+            )
+        # Somebody's disk may have this name, and a qemu-img may outlive us.
+        if lock.has_writer(fd):
+            raise exceptions.ImageInUse(
+                path,
+                f"QEMU has {temporary} open for writing, where the new file would be made",
+                "Wait until that has ended, or move the file away; then try again.",
             )
         if _is(fd, temporary):
             os.unlink(temporary)

@@ -389,6 +389,17 @@ def test_disk_that_a_guest_has_is_untouched_when_it_is_refused(thin):
         assert images.identity(thin) == before
 
 
+def test_file_of_the_temporary_name_that_a_guest_has_is_left_to_it(folder):
+    images.qcow2(folder / TEMPORARY, 8 * MiB)
+
+    with images.guest(folder / TEMPORARY):
+        before = images.identity(folder / TEMPORARY)
+        with pytest.raises(exceptions.ImageInUse, match=TEMPORARY):
+            Preallocator().create(folder / "disk", 8 * MiB)
+
+        assert (os.listdir(folder), images.identity(folder / TEMPORARY)) == ([TEMPORARY], before)
+
+
 def test_refusing_a_disk_that_a_guest_has_leaves_nothing_beside_it(thin, folder):
     with images.guest(thin):
         with pytest.raises(exceptions.ImageInUse):
