@@ -23,6 +23,8 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 SUFFIX = ".imgprealloc"
 ZEROS_SUFFIX = ".imgprealloc-zeros"
 
+_ACL = "system.posix_acl_access"
+
 
 @contextlib.contextmanager
 def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
@@ -160,6 +162,10 @@ def _copy_attributes(path: str, fd: int) -> None:
     status = os.stat(path)
     if (status.st_uid, status.st_gid) != (os.fstat(fd).st_uid, os.fstat(fd).st_gid):
         os.fchown(fd, status.st_uid, status.st_gid)
+    if _ACL in os.listxattr(fd) and _ACL not in os.listxattr(path):
+        # From a default ACL of the folder: others could read the new disk, and
+        # the mode would set the ACL's mask.
+        os.removexattr(fd, _ACL)
     os.fchmod(fd, status.st_mode & 0o7777)
     present = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
     for name in os.listxattr(path):
