@@ -142,15 +142,19 @@ def _remove_stale(path: str, temporary: str) -> None:
         os.close(fd)
 
 
-def _is(fd: int, path: str) -> bool:
+def _is(file: int | str, path: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
+        return os.path.samestat(os.stat(file), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
 def _refuse_links(path: str) -> None:
-    if os.path.islink(path) or os.stat(path).st_nlink > 1:
+    is_link = os.path.islink(path)
+    if not is_link and _is(path, path + SUFFIX):
+        # A crash came between the two halves of _publish().
+        _remove_stale(path, path + SUFFIX)
+    if is_link or os.stat(path).st_nlink > 1:
         raise exceptions.UnsupportedFormat(
             path,
             "the disk is a link, or has a second name, and would have to be replaced",
