@@ -86,6 +86,13 @@ def os_errors(path: str) -> Iterator[None]:
         raise exceptions.FileError(
             path, reason, "Check the permissions of the file and its folder, and who runs this.", exc.errno
         ) from exc
+    except ValueError as exc:
+        # What Python says instead of asking the system: it has no type of its own.
+        if "embedded null" not in str(exc):
+            raise
+        raise exceptions.FileError(
+            path, "its path, or its backing file's, has a NUL byte in it", "Check the path.", errno.EINVAL
+        ) from exc
 
 
 def require_space(path: str, needed: int) -> None:
