@@ -126,7 +126,7 @@ class _Allocating(_Disks):
         )
         parser.add_argument(
             "--overlay-cluster-size",
-            type=size,
+            type=cluster_size,
             default=preallocator.OVERLAY_CLUSTER_SIZE,
             metavar="SIZE",
             help="of overlays that are made (default: 128K)",
@@ -269,6 +269,19 @@ def size(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 10G")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def cluster_size(text: str) -> int:
+    """Parse the cluster size of overlays.
+
+    :raises: argparse.ArgumentTypeError
+    """
+    found = size(text)
+    try:
+        preallocator.Preallocator(overlay_cluster_size=found)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return found
 
 
 def _cell(image: DiskImage, column: str) -> Any:
