@@ -296,8 +296,12 @@ def _in_disk_info(path: str) -> str | None:
     header may be the guest's (CVE-2024-40767).
     """
     path = os.path.abspath(path)
+    disk_info = os.path.join(os.path.dirname(path), "disk.info")
+    # A FIFO would be waited for, for ever.
+    if not os.path.isfile(disk_info):
+        return None
     try:
-        with open(os.path.join(os.path.dirname(path), "disk.info")) as file:
+        with open(disk_info) as file:
             noted = json.load(file).get(path)
     except (OSError, ValueError, AttributeError):
         return None

@@ -105,3 +105,13 @@ def test_raw_disk_that_a_guest_wrote_a_qcow2_header_to_stays_raw(imgprealloc, fo
 
     assert (found["format"], found["virtual_size"], found["state"]) == ("raw", 8 * MiB, "preallocated")
     assert images.file_digest(disk) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc, folder, linked):
+    images.sparse_file(folder / "disk", 8 * MiB)
+    os.mkfifo(folder / ("fifo" if linked else "disk.info"))
+    if linked:
+        (folder / "disk.info").symlink_to("fifo")
+
+    assert shown(imgprealloc("show", "-f", "json", "disk"))["format"] == "raw"
