@@ -305,7 +305,7 @@ def _in_disk_info(path: str) -> str | None:
             noted = json.load(file).get(path)
     except (OSError, ValueError, AttributeError):
         return None
-    return noted if noted in preallocator.FORMATS else None
+    return noted if noted in tuple(preallocator.FORMATS) else None
 
 
 class Imgprealloc(app.App):

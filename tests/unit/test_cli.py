@@ -246,7 +246,7 @@ def test_a_disk_info_without_a_word_about_the_disk_is_passed_over(host: Host, ru
     assert run("show", "-f", "value", "-c", "format", disk).out == "qcow2\n"
 
 
-@pytest.mark.parametrize("format", ["vmdk", None, 7], ids=lambda format: json.dumps(format))
+@pytest.mark.parametrize("format", ["vmdk", None, ["raw"], {"raw": "raw"}, 7], ids=lambda format: json.dumps(format))
 def test_a_format_that_there_is_not_is_passed_over(host: Host, run: Run, format: object) -> None:
     disk = host.qcow2()
     note_format(host, {disk: format})
