@@ -44,7 +44,8 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
         if existed:
             _refuse_links(path)
             stack.enter_context(lock.no_writer(path))
-        fd = stack.enter_context(_claimed(path, path + SUFFIX))
+        # Who may read the disk is known once its attributes are copied.
+        fd = stack.enter_context(_claimed(path, path + SUFFIX, 0o600 if existed else 0o644))
         temporary = path + SUFFIX
         if existed:
             _copy_attributes(path, fd)
@@ -79,17 +80,17 @@ def _flush_and_judge(path: str, temporary: str, judge: Callable[[str], object]) 
 @contextlib.contextmanager
 def zeros(path: str, size: int) -> Iterator[str]:
     """Give the name of a sparse file of size bytes beside path, for as long as the block runs."""
-    with _claimed(path, path + ZEROS_SUFFIX) as fd:
+    with _claimed(path, path + ZEROS_SUFFIX, 0o644) as fd:
         os.truncate(fd, size)
         yield path + ZEROS_SUFFIX
 
 
 @contextlib.contextmanager
-def _claimed(path: str, temporary: str) -> Iterator[int]:
+def _claimed(path: str, temporary: str, mode: int) -> Iterator[int]:
     """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
     while True:
         try:
-            fd = os.open(temporary, _NEW, 0o644)
+            fd = os.open(temporary, _NEW, mode)
         except FileExistsError:
             _remove_stale(path, temporary)
             continue

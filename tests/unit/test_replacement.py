@@ -337,6 +337,20 @@ def test_the_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int)
     assert stat.S_IMODE(disk.stat().st_mode) == mode
 
 
+def test_nobody_else_can_open_the_new_file_before_it_has_the_mode_of_the_old_one(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    modes: list[int] = []
+
+    def locked(fd: int) -> bool:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        return True
+
+    with fixtures.MockPatchObject(lock, "try_exclusive", locked):
+        replace(disk)
+
+    assert modes == [0o600]
+
+
 def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     try:
