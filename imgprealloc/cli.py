@@ -126,7 +126,7 @@ class _Allocating(_Disks):
         )
         parser.add_argument(
             "--overlay-cluster-size",
-            type=size,
+            type=cluster_size,
             default=preallocator.OVERLAY_CLUSTER_SIZE,
             metavar="SIZE",
             help="of overlays that are made (default: 128K)",
@@ -271,6 +271,19 @@ def size(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
+def cluster_size(text: str) -> int:
+    """Parse the cluster size of overlays.
+
+    :raises: argparse.ArgumentTypeError
+    """
+    found = size(text)
+    try:
+        preallocator.Preallocator(overlay_cluster_size=found)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return found
+
+
 def _cell(image: DiskImage, column: str) -> Any:
     value = getattr(image, column)
     return Size(value) if column in _SIZES else value
@@ -283,12 +296,16 @@ def _in_disk_info(path: str) -> str | None:
     header may be the guest's (CVE-2024-40767).
     """
     path = os.path.abspath(path)
+    disk_info = os.path.join(os.path.dirname(path), "disk.info")
+    # A FIFO would be waited for, for ever.
+    if not os.path.isfile(disk_info):
+        return None
     try:
-        with open(os.path.join(os.path.dirname(path), "disk.info")) as file:
+        with open(disk_info) as file:
             noted = json.load(file).get(path)
     except (OSError, ValueError, AttributeError):
         return None
-    return noted if noted in preallocator.FORMATS else None
+    return noted if noted in tuple(preallocator.FORMATS) else None
 
 
 class Imgprealloc(app.App):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import errno
 import fcntl
 import os
 import tempfile
@@ -14,8 +15,10 @@ import psutil
 
 from imgprealloc import fallocate
 
-# Each overwrite goes to a new place, so that allocated space is no promise.
+# Each overwrite goes to a new place, so that allocated space is no promise,
+# unless the file has nocow, which qemu-img can set on btrfs only.
 _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs", "zfs"})
+_WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_NOCOW_FL = 0x00800000
@@ -37,12 +40,21 @@ class Filesystem:
 
 
 def under(directory: str) -> Filesystem:
-    """Look at the filesystem under a directory, with a nameless file of 1 MiB made for it."""
-    with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
-        can = fallocate.supported(probe.fileno(), units.Mi)
+    """Look at the filesystem under a directory, with a nameless file of 1 MiB made for it.
+
+    One that is too full for that is taken to have fallocate; what is really
+    asked of it will tell.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
+            can = fallocate.supported(probe.fileno(), units.Mi)
+    except OSError as exc:
+        # A full XFS has no room for another inode.
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        can = True
     kind = _type(directory)
-    # ZFS is the only one here that has no nocow to ask for.
-    return Filesystem(kind, can and kind != "zfs", kind in _COPY_ON_WRITE)
+    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, kind in _COPY_ON_WRITE)
 
 
 def copies_on_write(path: str) -> bool:

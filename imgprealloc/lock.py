@@ -38,14 +38,15 @@ def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
     return int(_FLOCK.unpack(answer)[0])
 
 
-def _has_writer(fd: int) -> bool:
+def has_writer(fd: int) -> bool:
+    """Whether QEMU has an open file open for writing too."""
     return any(_fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK for byte in (_WRITES, _RESIZES))
 
 
 def in_use(path: str) -> bool:
     """Whether QEMU has the image open for writing."""
     with open(path, "rb") as file:
-        return _has_writer(file.fileno())
+        return has_writer(file.fileno())
 
 
 def refuse_writer(path: str) -> None:
@@ -58,7 +59,7 @@ def refuse_writer(path: str) -> None:
 
 
 def _refuse_writer(path: str, fd: int) -> None:
-    if _has_writer(fd):
+    if has_writer(fd):
         raise exceptions.ImageInUse(path, "QEMU has the image open for writing", "Stop the instance, then try again.")
 
 

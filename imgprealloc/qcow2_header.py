@@ -86,13 +86,17 @@ def blank(path: str) -> Blank | None:
         return None
     if not backing_offset:
         backing_length = 0
+    backing_file = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
+    backing_format = _extension(head, header_length, _BACKING_FORMAT)
+    if "\0" in backing_file or "\0" in (backing_format or ""):
+        return None
     return Blank(
         size,
         cluster_size,
         max(l1_offset + l1_entries * 8, refcounts_offset + refcounts_clusters * cluster_size),
         modified,
-        head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape") or None,
-        _extension(head, header_length, _BACKING_FORMAT),
+        backing_file or None,
+        backing_format,
     )
 
 

@@ -23,6 +23,8 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 SUFFIX = ".imgprealloc"
 ZEROS_SUFFIX = ".imgprealloc-zeros"
 
+_ACL = "system.posix_acl_access"
+
 
 @contextlib.contextmanager
 def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
@@ -42,7 +44,8 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
         if existed:
             _refuse_links(path)
             stack.enter_context(lock.no_writer(path))
-        fd = stack.enter_context(_claimed(path, path + SUFFIX))
+        # Who may read the disk is known once its attributes are copied.
+        fd = stack.enter_context(_claimed(path, path + SUFFIX, 0o600 if existed else 0o644))
         temporary = path + SUFFIX
         if existed:
             _copy_attributes(path, fd)
@@ -77,17 +80,17 @@ def _flush_and_judge(path: str, temporary: str, judge: Callable[[str], object]) 
 @contextlib.contextmanager
 def zeros(path: str, size: int) -> Iterator[str]:
     """Give the name of a sparse file of size bytes beside path, for as long as the block runs."""
-    with _claimed(path, path + ZEROS_SUFFIX) as fd:
+    with _claimed(path, path + ZEROS_SUFFIX, 0o644) as fd:
         os.truncate(fd, size)
         yield path + ZEROS_SUFFIX
 
 
 @contextlib.contextmanager
-def _claimed(path: str, temporary: str) -> Iterator[int]:
+def _claimed(path: str, temporary: str, mode: int) -> Iterator[int]:
     """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
     while True:
         try:
-            fd = os.open(temporary, _NEW, 0o644)
+            fd = os.open(temporary, _NEW, mode)
         except FileExistsError:
             _remove_stale(path, temporary)
             continue
@@ -114,7 +117,7 @@ def _sync_directory(directory: str) -> None:
 
 
 def _remove_stale(path: str, temporary: str) -> None:
-    """Remove what a crash has left: nobody holds its lock, and its content is unknown.
+    """Remove what a crash has left: nobody holds its lock, no guest has it, and its content is unknown.
 
     :raises: ImageInUse
     """
@@ -127,21 +130,32 @@ def _remove_stale(path: str, temporary: str) -> None:
             raise exceptions.ImageInUse(
                 path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
             )
+        # Somebody's disk may have this name, and a qemu-img may outlive us.
+        if lock.has_writer(fd):
+            raise exceptions.ImageInUse(
+                path,
+                f"QEMU has {temporary} open for writing, where the new file would be made",
+                "Wait until that has ended, or move the file away; then try again.",
+            )
         if _is(fd, temporary):
             os.unlink(temporary)
     finally:
         os.close(fd)
 
 
-def _is(fd: int, path: str) -> bool:
+def _is(file: int | str, path: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
+        return os.path.samestat(os.stat(file), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
 def _refuse_links(path: str) -> None:
-    if os.path.islink(path) or os.stat(path).st_nlink > 1:
+    is_link = os.path.islink(path)
+    if not is_link and _is(path, path + SUFFIX):
+        # A crash came between the two halves of _publish().
+        _remove_stale(path, path + SUFFIX)
+    if is_link or os.stat(path).st_nlink > 1:
         raise exceptions.UnsupportedFormat(
             path,
             "the disk is a link, or has a second name, and would have to be replaced",
@@ -153,6 +167,10 @@ def _copy_attributes(path: str, fd: int) -> None:
     status = os.stat(path)
     if (status.st_uid, status.st_gid) != (os.fstat(fd).st_uid, os.fstat(fd).st_gid):
         os.fchown(fd, status.st_uid, status.st_gid)
+    if _ACL in os.listxattr(fd) and _ACL not in os.listxattr(path):
+        # From a default ACL of the folder: others could read the new disk, and
+        # the mode would set the ACL's mask.
+        os.removexattr(fd, _ACL)
     os.fchmod(fd, status.st_mode & 0o7777)
     present = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
     for name in os.listxattr(path):

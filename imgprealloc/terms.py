@@ -83,9 +83,24 @@ def os_errors(path: str) -> Iterator[None]:
         reason = f"{exc.strerror or exc} ({exc.filename or path})"
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(path, reason) from exc
+        raise exceptions.FileError(path, reason, _remedy(exc.errno), exc.errno) from exc
+    except ValueError as exc:
+        # What Python says instead of asking the system: it has no type of its own.
+        if "embedded null" not in str(exc):
+            raise
         raise exceptions.FileError(
-            path, reason, "Check the permissions of the file and its folder, and who runs this.", exc.errno
+            path, "its path, or its backing file's, has a NUL byte in it", "Check the path.", errno.EINVAL
         ) from exc
+
+
+def _remedy(code: int | None) -> str:
+    if code in (errno.EACCES, errno.EPERM):
+        return "Check the permissions of the file and its folder, and who runs this."
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return "Check the path, and the length of its names."
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "Raise the limit of open files."
+    return "Look into the kernel's log, and at how the filesystem is mounted."
 
 
 def require_space(path: str, needed: int) -> None:

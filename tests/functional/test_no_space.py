@@ -261,6 +261,20 @@ def test_filesystem_full_to_the_last_byte_lets_a_preallocated_disk_be(tight):
     assert Preallocator().preallocate(tight / "disk", format="qcow2").state == "preallocated"
 
 
+# On a full XFS not even the file can be made that asks what the filesystem can promise.
+@each_filesystem
+@pytest.mark.parametrize("mode", ["falloc", "metadata"])
+def test_filesystem_full_to_the_last_byte_lets_a_reserved_disk_be(tight, mode):
+    disk = images.qcow2(tight / "disk", 32 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+    Preallocator().preallocate(disk, format="qcow2")
+    loop_filesystem.fill(str(tight))
+
+    image = Preallocator(mode).preallocate(disk, format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+
+
 @each_filesystem
 def test_mode_metadata_without_any_room_leaves_no_file(tight):
     images.random_file(tight / "base", MiB)

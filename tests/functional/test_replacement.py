@@ -3,6 +3,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +19,10 @@ KiB, MiB = 1 << 10, 1 << 20
 
 TEMPORARY = "disk.imgprealloc"
 ZEROS = "disk.imgprealloc-zeros"
+
+ACL = "system.posix_acl_access"
+# linux/posix_acl.h
+USER_OBJ, USER, GROUP_OBJ, MASK, OTHER, NOBODY = 0x01, 0x02, 0x04, 0x10, 0x20, 2**32 - 1
 
 
 @pytest.fixture
@@ -80,6 +85,33 @@ def test_new_disk_may_be_read_by_libvirts_user(folder):
     Preallocator().create(folder / "disk", 8 * MiB)
 
     assert (folder / "disk").stat().st_mode & 0o7777 == 0o644
+
+
+def share(folder):
+    """Give a folder a default ACL, by which what is made in it is another user's to read and to write."""
+    entries = [(USER_OBJ, 7, NOBODY), (USER, 6, 65534), (GROUP_OBJ, 5, NOBODY), (MASK, 7, NOBODY), (OTHER, 5, NOBODY)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(folder, "system.posix_acl_default", acl)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_disk_without_an_acl_inherits_none_from_its_folder(thin, folder):
+    thin.chmod(0o660)
+    share(folder)
+
+    Preallocator().preallocate(thin, format="qcow2")
+
+    assert (os.listxattr(thin), thin.stat().st_mode & 0o7777) == ([], 0o660)
+
+
+def test_acl_of_the_disk_is_kept(folder, base):
+    share(folder)
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    before = os.getxattr(disk, ACL), disk.stat().st_mode
+
+    Preallocator().preallocate(disk, format="qcow2")
+
+    assert (os.getxattr(disk, ACL), disk.stat().st_mode) == before
 
 
 # Names that would keep the old disk.
@@ -387,6 +419,17 @@ def test_disk_that_a_guest_has_is_untouched_when_it_is_refused(thin):
             Preallocator().preallocate(thin, format="qcow2")
 
         assert images.identity(thin) == before
+
+
+def test_file_of_the_temporary_name_that_a_guest_has_is_left_to_it(folder):
+    images.qcow2(folder / TEMPORARY, 8 * MiB)
+
+    with images.guest(folder / TEMPORARY):
+        before = images.identity(folder / TEMPORARY)
+        with pytest.raises(exceptions.ImageInUse, match=TEMPORARY):
+            Preallocator().create(folder / "disk", 8 * MiB)
+
+        assert (os.listdir(folder), images.identity(folder / TEMPORARY)) == ([TEMPORARY], before)
 
 
 def test_refusing_a_disk_that_a_guest_has_leaves_nothing_beside_it(thin, folder):

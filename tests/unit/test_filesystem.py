@@ -33,6 +33,13 @@ def under(folder: pathlib.Path, can: bool) -> Filesystem:
         return filesystem.under(str(folder))
 
 
+def refusing(code: int) -> Callable[..., None]:
+    def refuse(**how: str) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
 @pytest.mark.parametrize(
     ("kind", "can", "expected"),
     [
@@ -40,8 +47,8 @@ def under(folder: pathlib.Path, can: bool) -> Filesystem:
         ("xfs", True, Filesystem("xfs", fallocate=True, copy_on_write=False)),
         ("nfs4", False, Filesystem("nfs4", fallocate=False, copy_on_write=False)),
         ("btrfs", True, Filesystem("btrfs", fallocate=True, copy_on_write=True)),
-        ("bcachefs", True, Filesystem("bcachefs", fallocate=True, copy_on_write=True)),
-        # Even should the probe be taken in: it copies on write, and has no nocow.
+        # Even should the probe be taken in: they copy on write, and have no nocow.
+        ("bcachefs", True, Filesystem("bcachefs", fallocate=False, copy_on_write=True)),
         ("zfs", True, Filesystem("zfs", fallocate=False, copy_on_write=True)),
         ("zfs", False, Filesystem("zfs", fallocate=False, copy_on_write=True)),
     ],
@@ -67,6 +74,24 @@ def test_the_look_is_taken_on_the_filesystem_itself(tmp_path: pathlib.Path) -> N
         filesystem.under(str(tmp_path))
 
     assert devices == [tmp_path.stat().st_dev]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_filesystem_too_full_to_be_looked_at_is_believed(
+    tmp_path: pathlib.Path, mounts: Callable[..., None], code: int
+) -> None:
+    mounts({"/": "xfs"})
+
+    with fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(code)):
+        assert filesystem.under(str(tmp_path)) == Filesystem("xfs", fallocate=True, copy_on_write=False)
+
+
+def test_a_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.Path) -> None:
+    with (
+        fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(errno.EROFS)),
+        pytest.raises(OSError, match="Read-only"),
+    ):
+        filesystem.under(str(tmp_path))
 
 
 @pytest.mark.parametrize(

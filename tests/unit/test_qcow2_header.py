@@ -57,6 +57,16 @@ def test_a_backing_file_s_name_need_not_be_text(path: str) -> None:
     assert os.fsencode(blank.backing_file or "") == b"/base/\xff\xfe"
 
 
+@pytest.mark.parametrize(("backing_file", "backing_format"), [("ba\0se", "raw"), ("base", "r\0w")])
+def test_a_name_that_no_file_and_no_format_can_have_is_a_fault_and_not_blank(
+    path: str, backing_file: str, backing_format: str
+) -> None:
+    # No program can be started with a NUL among its words.
+    qcow2_file.write(path, backing_file=backing_file, backing_format=backing_format)
+
+    assert qcow2_header.blank(path) is None
+
+
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16, 17, 21])
 def test_the_cluster_size_is_read(path: str, cluster_bits: int) -> None:
     qcow2_file.write(path, units.Mi, cluster_bits=cluster_bits)

@@ -282,6 +282,43 @@ def test_a_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
     assert (disk.parent / "second").read_bytes() == b"old"
 
 
+@pytest.fixture
+def half_published(disk: pathlib.Path) -> pathlib.Path:
+    """Give a disk whose creation a crash has ended just before the new file's own name was to go."""
+    disk.write_bytes(b"old")
+    os.link(disk, disk.parent / TEMPORARY)
+    return disk
+
+
+def test_a_second_name_that_a_crash_of_ours_has_left_is_taken_away(half_published: pathlib.Path) -> None:
+    replace(half_published)
+
+    assert half_published.read_bytes() == b"new"
+    assert names(half_published) == ["disk"]
+
+
+def test_a_second_name_that_another_imgprealloc_is_about_to_take_away_is_left_to_it(
+    half_published: pathlib.Path,
+) -> None:
+    with half_published.open("r+b") as file:
+        assert lock.try_exclusive(file.fileno())
+
+        with pytest.raises(exceptions.ImageInUse, match="another imgprealloc"):
+            replace(half_published)
+
+    assert half_published.read_bytes() == b"old"
+    assert names(half_published) == ["disk", TEMPORARY]
+
+
+def test_a_disk_with_a_third_name_is_still_refused(half_published: pathlib.Path) -> None:
+    os.link(half_published, half_published.parent / "third")
+
+    with pytest.raises(exceptions.UnsupportedFormat, match="second name"):
+        replace(half_published)
+
+    assert half_published.read_bytes() == b"old"
+
+
 def test_a_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -> None:
     with pytest.raises(exceptions.DiskExists, match="meanwhile"), replacement.new_disk(str(disk)):
         disk.write_bytes(b"somebody else's")
@@ -298,6 +335,20 @@ def test_the_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int)
     replace(disk)
 
     assert stat.S_IMODE(disk.stat().st_mode) == mode
+
+
+def test_nobody_else_can_open_the_new_file_before_it_has_the_mode_of_the_old_one(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    modes: list[int] = []
+
+    def locked(fd: int) -> bool:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        return True
+
+    with fixtures.MockPatchObject(lock, "try_exclusive", locked):
+        replace(disk)
+
+    assert modes == [0o600]
 
 
 def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:

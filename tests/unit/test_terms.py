@@ -113,6 +113,47 @@ def test_any_other_refusal_of_the_system_is_told_with_its_number(code: int) -> N
     assert (caught.value.path, caught.value.errno) == ("/d/disk", code)
 
 
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EACCES, "permissions"),
+        (errno.EPERM, "permissions"),
+        (errno.ENOENT, "path"),
+        (errno.ENOTDIR, "path"),
+        (errno.ENAMETOOLONG, "path"),
+        (errno.EMFILE, "open files"),
+        (errno.ENFILE, "open files"),
+        (errno.EIO, "kernel's log"),
+        (errno.EROFS, "kernel's log"),
+    ],
+)
+def test_what_to_do_next_fits_what_the_system_has_refused(code: int, remedy: str) -> None:
+    with pytest.raises(exceptions.FileError) as caught, terms.os_errors("/d/disk"):
+        raise OSError(code, os.strerror(code))
+
+    assert remedy in caught.value.remedy
+    assert ("permissions" in caught.value.remedy) is (remedy == "permissions")
+
+
+def test_a_nul_in_a_path_is_an_error_with_the_disk_s_name() -> None:
+    with pytest.raises(exceptions.FileError, match="NUL") as caught, terms.os_errors("/d/a\0b"):
+        os.stat("/d/a\0b")
+
+    assert (caught.value.path, caught.value.errno) == ("/d/a\0b", errno.EINVAL)
+
+
+def test_a_nul_in_a_program_s_words_is_an_error_with_the_disk_s_name() -> None:
+    with pytest.raises(exceptions.FileError, match="NUL") as caught, terms.os_errors("/d/disk"):
+        processutils.execute("true", "/d/ba\0se")
+
+    assert caught.value.path == "/d/disk"
+
+
+def test_any_other_value_that_is_wrong_is_not_taken_for_the_system_s_refusal() -> None:
+    with pytest.raises(ValueError, match="invalid literal"), terms.os_errors("/d/disk"):
+        int("many")
+
+
 def test_our_own_errors_pass_through_untouched() -> None:
     error = exceptions.CommandFailed("/d/disk", "qemu-img failed", "Look.")
 

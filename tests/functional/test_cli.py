@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as an operator types it, in a process of its own, on real disks."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from functional import images
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def imgprealloc(folder):
+    """Give a function that runs the command in the disks' folder."""
+
+    def imgprealloc(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "imgprealloc.cli", *map(str, argv)],
+            capture_output=True, text=True, check=False, cwd=folder, timeout=30,
+        )  # fmt: skip
+
+    return imgprealloc
+
+
+def shown(done):
+    """Return what a command with -f json has shown of its one disk."""
+    assert done.returncode == 0, done.stderr
+    (disk,) = json.loads(done.stdout)
+    return disk
+
+
+def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(imgprealloc, folder, base):
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+
+    found = shown(imgprealloc("show", "-f", "json", "disk"))
+
+    assert found.pop("shortfall") > 31 * MiB
+    assert found == {
+        "path": "disk",
+        "format": "qcow2",
+        "virtual_size": 32 * MiB,
+        "file_size": disk.stat().st_size,
+        "allocated_size": images.allocated(disk),
+        "backing_file": str(base),
+        "clusters": 512,
+        "mapped_clusters": 16,
+        "fragmented_clusters": 0,
+        "shared_bytes": 0,
+        "state": "thin",
+    }
+
+
+def test_create_allocate_and_resize_end_with_preallocated_disks(imgprealloc, folder, base):
+    images.qcow2(folder / "novas", 32 * MiB, backing=base)
+
+    states = [
+        shown(imgprealloc(*argv, "-f", "json"))["state"]
+        for argv in (
+            ("create", "--backing", base, "--backing-format", "raw", "ours", "26M"),
+            ("resize", "ours", "32M"),
+            ("create", "--disk-format", "raw", "raw", "8M"),
+            ("allocate", "novas"),
+        )
+    ]
+
+    assert states == ["preallocated"] * 4
+    assert imgprealloc("show", "--check", "ours", "raw", "novas").returncode == 0
+    assert not images.differences(folder / "ours", folder / "novas")
+
+
+def test_check_of_a_thin_disk_ends_with_3(imgprealloc, folder):
+    images.sparse_file(folder / "disk", 8 * MiB)
+
+    done = imgprealloc("show", "--check", "-f", "value", "-c", "state", "disk")
+
+    assert (done.returncode, done.stdout) == (3, "thin\n")
+
+
+def test_path_that_cannot_be_read_ends_with_1_after_the_rest_is_shown(imgprealloc, folder):
+    images.sparse_file(folder / "disk", 8 * MiB)
+
+    done = imgprealloc("show", "--check", "-f", "value", "-c", "path", "missing", ".", "disk")
+
+    assert (done.returncode, done.stdout) == (1, "disk\n")
+
+
+def test_cluster_size_that_there_is_not_ends_with_2(imgprealloc, folder):
+    done = imgprealloc("create", "--overlay-cluster-size", "4K", "disk", "8M")
+
+    assert (done.returncode, os.listdir(folder)) == (2, [])
+
+
+def test_raw_disk_that_a_guest_wrote_a_qcow2_header_to_stays_raw(imgprealloc, folder):
+    disk = images.qcow2(folder / "disk", 1024 * MiB)
+    os.truncate(disk, 8 * MiB)
+    before = images.file_digest(disk)
+    (folder / "disk.info").write_text(json.dumps({str(disk): "raw"}))
+
+    found = shown(imgprealloc("allocate", "-f", "json", "disk"))
+
+    assert (found["format"], found["virtual_size"], found["state"]) == ("raw", 8 * MiB, "preallocated")
+    assert images.file_digest(disk) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc, folder, linked):
+    images.sparse_file(folder / "disk", 8 * MiB)
+    os.mkfifo(folder / ("fifo" if linked else "disk.info"))
+    if linked:
+        (folder / "disk.info").symlink_to("fifo")
+
+    assert shown(imgprealloc("show", "-f", "json", "disk"))["format"] == "raw"

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from importlib import metadata
+import json
+import logging
+import os
+from types import SimpleNamespace
+from typing import Any
+
+from oslo_utils import units
+import pytest
+
+from imgprealloc import cli
+
+from .host import SIZE
+from .host import Host
+
+Run = Callable[..., Any]
+
+# As design and documentation promise them to scripts.
+KEYS = [
+    "path",
+    "format",
+    "virtual_size",
+    "file_size",
+    "allocated_size",
+    "backing_file",
+    "clusters",
+    "mapped_clusters",
+    "fragmented_clusters",
+    "shared_bytes",
+    "state",
+    "shortfall",
+]
+
+
+@pytest.fixture
+def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Give a function that runs the command in this process, and returns its status, out and err."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+
+    def run(*argv: str) -> SimpleNamespace:
+        try:
+            status = cli.main(list(argv))
+        except SystemExit as exc:
+            # argparse's.
+            status = int(exc.code or 0)
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    yield run
+    # cliff adds its own, and never takes them away.
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def note_format(host: Host, noted: object) -> None:
+    """Write Nova's disk.info beside the disk."""
+    with open(host.path("disk.info"), "w") as file:
+        json.dump(noted, file)
+
+
+# show
+
+
+def test_show_gives_scripts_exactly_the_documented_keys(host: Host, run: Run) -> None:
+    shown = run("show", "-f", "json", host.overlay())
+
+    assert [list(disk) for disk in json.loads(shown.out)] == [KEYS]
+
+
+def test_show_gives_scripts_plain_bytes_and_counts(host: Host, run: Run) -> None:
+    disk = host.overlay(mapped=0.5, held=5 * units.Mi, shared=units.Mi)
+
+    (shown,) = json.loads(run("show", "-f", "json", disk).out)
+
+    assert {key: shown[key] for key in KEYS if key not in ("allocated_size", "shortfall")} == {
+        "path": disk,
+        "format": "qcow2",
+        "virtual_size": SIZE,
+        "file_size": 9 * units.Mi,
+        "backing_file": host.path("base"),
+        "clusters": 256,
+        "mapped_clusters": 128,
+        "fragmented_clusters": 0,
+        "shared_bytes": units.Mi,
+        "state": "thin",
+    }
+    assert isinstance(shown["shortfall"], int)
+    assert shown["allocated_size"] == os.stat(disk).st_blocks * 512
+
+
+def test_show_leaves_out_nothing_of_a_raw_disk(host: Host, run: Run) -> None:
+    disk = host.raw(held=units.Mi)
+
+    (shown,) = json.loads(run("show", "-f", "json", disk).out)
+
+    assert list(shown) == KEYS
+    assert (shown["clusters"], shown["mapped_clusters"], shown["backing_file"]) == (None, None, None)
+    assert (shown["state"], shown["shortfall"]) == ("thin", SIZE - units.Mi)
+
+
+def test_show_gives_people_a_table_with_readable_sizes(host: Host, run: Run) -> None:
+    shown = run("show", host.raw(3 * units.Gi, held=units.Gi + units.Gi // 2))
+
+    assert shown.out.startswith("+--")
+    assert "| 3 GiB " in shown.out
+    assert "| 1.5 GiB " in shown.out
+
+
+def test_show_gives_one_word_where_one_is_asked_for(host: Host, run: Run) -> None:
+    assert run("show", "-f", "value", "-c", "state", host.raw(held=SIZE)).out == "preallocated\n"
+
+
+def test_show_writes_nothing(host: Host, run: Run) -> None:
+    run("show", "--check", host.overlay(), host.raw(name="raw"))
+
+    assert host.changes == []
+
+
+def test_show_is_content_with_a_thin_disk_unless_it_is_to_check(host: Host, run: Run) -> None:
+    assert run("show", host.raw()).status == 0
+
+
+def test_check_is_content_with_preallocated_disks(host: Host, run: Run) -> None:
+    assert run("show", "--check", host.raw(held=SIZE), host.qcow2(name="other", mapped=1)).status == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_check_finds_one_thin_disk_among_others(host: Host, run: Run, order: int) -> None:
+    disks = [host.raw(held=SIZE), host.raw(name="thin")]
+
+    assert run("show", "--check", *disks[::order]).status == 3
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_disk_that_cannot_be_read_does_not_keep_the_rest_from_being_shown(host: Host, run: Run, missing: int) -> None:
+    paths = [host.raw(), host.raw(name="other")]
+    paths.insert(missing, host.path("missing"))
+
+    shown = run("show", "--check", "-f", "value", "-c", "path", *paths)
+
+    # An error weighs more than a disk that is thin.
+    assert shown.status == 1
+    assert shown.out.split() == [host.path("disk"), host.path("other")]
+    assert f"{host.path('missing')}: there is no such file" in shown.err
+
+
+# The others do what they say.
+
+
+def test_create_makes_a_preallocated_qcow2_disk(host: Host, run: Run) -> None:
+    shown = run("create", "-f", "value", "-c", "state", host.path(), "64M")
+
+    assert (shown.status, shown.out) == (0, "preallocated\n")
+    assert (host.disk().format, host.disk().virtual_size, host.disk().backing_file) == ("qcow2", 64 * units.Mi, None)
+
+
+def test_create_makes_a_raw_disk(host: Host, run: Run) -> None:
+    run("create", "--disk-format", "raw", host.path(), str(SIZE))
+
+    assert (host.disk().format, host.disk().held) == ("raw", SIZE)
+
+
+def test_create_makes_an_overlay_with_clusters_of_the_size_that_is_asked_for(host: Host, run: Run) -> None:
+    base = host.base(SIZE)
+
+    run("create", "--overlay-cluster-size", "64K", "--backing", base, "--backing-format", "raw", host.path(), "16M")
+
+    assert (host.disk().backing_file, host.disk().backing_format) == (base, "raw")
+    assert (host.disk().cluster_size, host.disk().extended_l2) == (64 * units.Ki, True)
+
+
+def test_create_works_in_the_mode_that_is_asked_for(host: Host, run: Run) -> None:
+    shown = run("create", "--mode", "metadata", "-f", "value", "-c", "state", host.path(), "16M")
+
+    assert (shown.status, shown.out) == (0, "mapped\n")
+
+
+def test_allocate_preallocates_each_disk(host: Host, run: Run) -> None:
+    shown = run("allocate", "-f", "value", "-c", "state", host.raw(), host.overlay(name="overlay"))
+
+    assert (shown.status, shown.out.split()) == (0, ["preallocated", "preallocated"])
+
+
+@pytest.mark.parametrize(("rewrite", "state"), [([], "reserved"), (["--rewrite"], "preallocated")])
+def test_allocate_rewrites_a_disk_with_data_only_when_it_is_told_to(
+    host: Host, run: Run, rewrite: list[str], state: str
+) -> None:
+    shown = run("allocate", *rewrite, "-f", "value", "-c", "state", host.overlay(mapped=0.5))
+
+    assert (shown.status, shown.out) == (0, f"{state}\n")
+
+
+def test_allocate_goes_on_after_a_disk_that_it_cannot_preallocate(host: Host, run: Run) -> None:
+    shown = run("allocate", "-f", "value", "-c", "path", host.path("missing"), host.raw())
+
+    assert (shown.status, shown.out) == (1, f"{host.path()}\n")
+    assert host.disk().held == SIZE
+
+
+def test_resize_grows_a_disk(host: Host, run: Run) -> None:
+    shown = run("resize", "-f", "json", host.raw(held=SIZE), "20M")
+
+    assert (shown.status, host.disk().held) == (0, 20 * units.Mi)
+    assert json.loads(shown.out)[0]["virtual_size"] == 20 * units.Mi
+
+
+# The format that Nova has noted.
+
+
+@pytest.mark.parametrize(
+    ("verb", "after"), [("show", []), ("allocate", []), ("resize", ["20M"])], ids=lambda value: str(value)
+)
+def test_a_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
+    host: Host, run: Run, verb: str, after: list[str]
+) -> None:
+    disk = host.qcow2(mapped=0.5)
+    note_format(host, {disk: "raw"})
+
+    shown = run(verb, "-f", "value", "-c", "format", disk, *after)
+
+    assert (shown.status, shown.out) == (0, "raw\n")
+    assert all(call.after("-f") == "raw" for call in host.run("info", "resize"))
+
+
+def test_the_operator_s_word_weighs_more_than_nova_s(host: Host, run: Run) -> None:
+    disk = host.qcow2(mapped=0.5)
+    note_format(host, {disk: "raw"})
+
+    assert run("show", "--disk-format", "qcow2", "-f", "value", "-c", "format", disk).out == "qcow2\n"
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [{}, {"/another/disk": "raw"}, [], "raw", {"disk": "raw"}, None, 7],
+    ids=lambda noted: json.dumps(noted),
+)
+def test_a_disk_info_without_a_word_about_the_disk_is_passed_over(host: Host, run: Run, noted: object) -> None:
+    disk = host.qcow2()
+    note_format(host, noted)
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "qcow2\n"
+
+
+@pytest.mark.parametrize("format", ["vmdk", None, ["raw"], {"raw": "raw"}, 7], ids=lambda format: json.dumps(format))
+def test_a_format_that_there_is_not_is_passed_over(host: Host, run: Run, format: object) -> None:
+    disk = host.qcow2()
+    note_format(host, {disk: format})
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "qcow2\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"\x00"])
+def test_a_disk_info_that_cannot_be_read_is_passed_over(host: Host, run: Run, content: bytes) -> None:
+    disk = host.qcow2()
+    with open(host.path("disk.info"), "wb") as file:
+        file.write(content)
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "qcow2\n"
+
+
+def test_a_folder_of_the_name_disk_info_is_passed_over(host: Host, run: Run) -> None:
+    disk = host.qcow2()
+    os.mkdir(host.path("disk.info"))
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "qcow2\n"
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("10737418240", 10 * units.Gi),
+        ("1K", 1024),
+        ("512M", 512 * units.Mi),
+        ("10G", 10 * units.Gi),
+        ("10GB", 10 * units.Gi),
+        ("10GiB", 10 * units.Gi),
+        ("2T", 2 * units.Ti),
+        ("1P", units.Pi),
+        ("1E", units.Ei),
+    ],
+)
+def test_a_size_is_read_as_qemu_img_reads_it(text: str, expected: int) -> None:
+    assert cli.size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "readable"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (100 * units.Gi, "100 GiB"),
+        (5000 * units.Ti, "5000 TiB"),
+    ],
+)
+def test_a_size_is_readable_in_a_table(value: int, readable: str) -> None:
+    assert cli.Size(value).human_readable() == readable
+
+
+# Exit status.
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["show"],
+        ["show", "--disk-format", "vmdk", "disk"],
+        ["show", "-f", "word", "disk"],
+        ["show", "--no-such-option", "disk"],
+        ["create", "disk"],
+        ["create", "disk", "many"],
+        ["create", "disk", "1X"],
+        ["create", "disk", "1.5G"],
+        ["create", "disk", "-5"],
+        ["create", "--mode", "thin", "disk", "1M"],
+        ["create", "--overlay-cluster-size", "5", "disk", "1M"],
+        ["create", "--overlay-cluster-size", "4K", "disk", "1M"],
+        ["create", "--overlay-cluster-size", "4M", "disk", "1M"],
+        ["create", "--overlay-cluster-size", "96K", "disk", "1M"],
+        ["allocate"],
+        ["allocate", "--on-unsupported", "falloc", "disk"],
+        ["allocate", "--overlay-cluster-size", "0", "disk"],
+        ["resize", "disk"],
+        ["resize", "--overlay-cluster-size", "64", "disk", "1M"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_line_that_makes_no_sense_is_2(host: Host, run: Run, argv: list[str]) -> None:
+    ended = run(*argv)
+
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err
+    assert host.files == []
+
+
+def test_a_cluster_size_that_there_is_not_is_told_with_those_that_there_are(host: Host, run: Run) -> None:
+    said = run("create", "--overlay-cluster-size", "4K", host.path(), "1M").err
+
+    assert "4096 is not a power of two from 16 KiB to 2 MiB" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["show", "missing"], "no such file"),
+        (["create", "present", "1M"], "there is a file already"),
+        (["create", "new", "0"], "no size for a disk"),
+        (["create", "--backing", "missing", "new", "1M"], "no such file"),
+        (["create", "nowhere/disk", "1M"], "No such file or directory"),
+        (["allocate", "missing"], "no such file"),
+        (["resize", "present", "1M"], "A disk can only grow"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_1_and_told_in_one_line(
+    host: Host, run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    host.raw(name="present")
+    monkeypatch.chdir(host.folder)
+
+    ended = run(*argv)
+
+    assert ended.status == 1
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert host.files == ["present"]
+
+
+def test_a_command_that_there_is_not_is_2(run: Run) -> None:
+    assert run("no-such-command").status == 2
+
+
+def test_the_version_told_is_the_package_s(run: Run) -> None:
+    assert run("--version").out.split()[-1] == metadata.version("imgprealloc")
