@@ -38,6 +38,9 @@ _INSTANCE_DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
 # virtio and SATA disks count in sectors of this many bytes.
 _SECTOR = 512
 
+# The states in which a guest's write needs no new space.
+_HELD = ("reserved", "preallocated")
+
 # What libvirt accepts beside io=native.
 _DIRECT_CACHE_MODES = ("none", "directsync")
 
@@ -62,6 +65,7 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (imagebackend.Backend, "__init__", ("self", "use_cow")),
     (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
     (driver.LibvirtDriver, "_disk_raw_to_qcow2", ("path",)),
+    (driver.LibvirtDriver, "finish_migration", ("self", "context", "migration", "instance")),
     (
         driver.LibvirtDriver,
         "_create_images_and_backing",
@@ -134,12 +138,22 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         super().__init__(virtapi, read_only)
         self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
+        # By their ids, which name the folders that their disks are in.
+        self._arriving: dict[str, Any] = {}
+
+    def finish_migration(self, context: Any, migration: Any, instance: Any, *args: Any, **kwargs: Any) -> None:
+        """Remember whose disks _disk_raw_to_qcow2() converts, because its flavor may have a mode."""
+        self._arriving[instance.uuid] = instance
+        try:
+            super().finish_migration(context, migration, instance, *args, **kwargs)
+        finally:
+            del self._arriving[instance.uuid]
 
     def _disk_raw_to_qcow2(self, path: str) -> None:
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
-            _heal(path, "qcow2", None)
+            _heal(path, "qcow2", self._arriving.get(os.path.basename(os.path.dirname(path))))
 
     def _create_images_and_backing(
         self, context: Any, instance: Any, instance_dir: str, disk_info: Any, fallback_from_host: str | None = None
@@ -163,40 +177,65 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
         if not is_on() or not block_migration:
             return
+        # Whatever goes wrong, the migration is over, and was a success.
         try:
-            for info in self._get_instance_disk_info(instance, block_device_info):
-                if _is_instance_disk(info["path"]):
-                    _heal(info["path"], info["type"], instance)
+            disk_info = self._get_instance_disk_info(instance, block_device_info)
         except Exception as exc:
-            # Whatever it is, the migration is over, and was a success.
             LOG.warning("Holes in the disks are left until the next start: %s", exc, instance=instance)
+            return
+        for info in disk_info:
+            if _is_instance_disk(info["path"]):
+                try:
+                    _heal(info["path"], info["type"], instance, running=True)
+                except exceptions.NoSpace as exc:
+                    LOG.warning("Holes in a disk are left until the next start: %s", exc, instance=instance)
 
 
 def _is_instance_disk(path: str) -> bool:
     return bool(_INSTANCE_DISK.fullmatch(os.path.basename(path)))
 
 
-def _preallocator(instance: Any) -> Preallocator:
+def _preallocator(instance: Any, *, running: bool = False) -> Preallocator:
     """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
     extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
-    return opts.preallocator_from(CONF, extra_specs.get(opts.MODE_EXTRA_SPEC))
+    mode = extra_specs.get(opts.MODE_EXTRA_SPEC)
+    if mode is not None and mode not in terms.MODES:
+        # Nova's API validates extra specs from its version 2.86 on, and an
+        # instance keeps its flavor for life.
+        terms.warn_once(
+            opts.MODE_EXTRA_SPEC, f"a flavor has {mode!r}, which is no mode; [imgprealloc] mode is taken instead"
+        )
+        mode = None
+    strategy = opts.preallocator_from(CONF, mode)
+    if running and strategy.mode == "full":
+        # Zeros cannot be written where a guest may write, but space can be
+        # set aside.
+        return opts.preallocator_from(CONF, "falloc")
+    return strategy
 
 
-def _heal(path: str, format: str, instance: Any) -> None:
+def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> None:
     """Preallocate a disk that may have data, if it can be done; a guest that can start has to start.
 
+    :param running: whether its guest writes to it meanwhile
     :raises: NoSpace, which fails a start with stock Nova, too
     """
-    if not os.access(path, os.W_OK):
-        LOG.debug("%s: left as it is, because it is not ours to write", path)
-        return
     rewrite = CONF.imgprealloc.existing_disks == "rewrite"
+    strategy = _preallocator(instance, running=running)
     try:
-        _preallocator(instance).preallocate(path, rewrite=rewrite, format=format)
+        if not os.access(path, os.W_OK):
+            state = strategy.inspect(path, format=format).state
+            if state not in _HELD and strategy.mode != "metadata":
+                terms.warn_once(path, f"not preallocated: it is {state}, and not ours to write")
+            return
+        with compute_utils.disk_ops_semaphore:
+            strategy.preallocate(path, rewrite=rewrite, format=format)
     except exceptions.NoSpace:
         raise
     except exceptions.PreallocationError as exc:
         terms.warn_once(path, f"not preallocated: {exc}")
+    except Exception:
+        LOG.exception("%s: not preallocated", path)
 
 
 if TYPE_CHECKING:
@@ -236,12 +275,11 @@ class _Preallocating(_Image):  # type: ignore[misc]
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
-        with compute_utils.disk_ops_semaphore:
-            if self._existed:
-                _heal(self.path, self.driver_format, self._instance)
-            else:
-                with fileutils.remove_path_on_error(self.path):
-                    self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
+        if not self._existed:
+            with compute_utils.disk_ops_semaphore, fileutils.remove_path_on_error(self.path):
+                self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
+        elif not self._awaits_conversion():
+            _heal(self.path, self.driver_format, self._instance)
 
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of an image; within a cache(), Nova asks for the base's twice."""
@@ -253,12 +291,22 @@ class _Preallocating(_Image):  # type: ignore[misc]
 
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
-        if self._is_ours and self.driver_format == "qcow2":
+        if self._is_ours and self.driver_format == "qcow2" and not self._awaits_conversion():
             if qcow2_header.virtual_size(self.path) >= size:
                 return
             if self._existed:
                 self._grow(size)
         super().resize_image(size)
+
+    def _awaits_conversion(self) -> bool:
+        """Whether it is a raw disk, migrated to where qcow2 is used; Nova converts it after cache()."""
+        if self.driver_format != "qcow2":
+            return False
+        try:
+            qcow2_header.require(self.path)
+        except exceptions.FormatMismatch:
+            return True
+        return False
 
     def _grow(self, size: int) -> None:
         try:
@@ -283,10 +331,13 @@ class _Preallocating(_Image):  # type: ignore[misc]
         if not self._is_ours or not self.exists():
             return config
         state = self._state()
-        if state not in ("reserved", "preallocated") or cache_mode not in _DIRECT_CACHE_MODES:
+        if state not in _HELD or cache_mode not in _DIRECT_CACHE_MODES:
             # A write that has to allocate would stop QEMU's whole event loop.
             config.driver_io = None
-        if state != "thin" and config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard:
+        # Nova describes a guest before it looks after its disks, so that a thin
+        # one may be held by the time that the guest runs.
+        keeps = state != "thin" or self._preallocator().mode != "metadata"
+        if keeps and config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard:
             config.driver_discard = "ignore"
             terms.warn_once(
                 "[libvirt] hw_disk_discard = unmap",
@@ -300,7 +351,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             return self._preallocator().inspect(self.path, format=self.driver_format).state
         except exceptions.PreallocationError as exc:
             LOG.debug("%s: taken for thin: %s", self.path, exc)
-            return "thin"
+        except Exception:
+            LOG.exception("%s: taken for thin", self.path)
+        return "thin"
 
 
 class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]

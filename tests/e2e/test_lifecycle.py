@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from oslo_utils import units
 from oslo_utils.imageutils import format_inspector
+import pytest
 
 from e2e import guest_image
 
@@ -109,6 +110,23 @@ def test_a_rescue_disk_is_nova_s_own_and_the_rescued_disk_stays_as_it_is(start_c
     said = server.wait_for_guest()
     assert FOUND in said
     assert said[-1] == DONE
+
+
+@pytest.mark.parametrize("images_type", ["qcow2", "raw"])
+def test_a_build_without_space_is_sent_to_another_host_and_leaves_no_file(
+    start_cloud: Callable[..., Cloud],
+    fill_filesystem: Callable[[], None],
+    instances_path: pathlib.Path,
+    images_type: str,
+) -> None:
+    cloud = start_cloud(libvirt__images_type=images_type)
+    image, flavor = cloud.image(), cloud.flavor(root=1)
+    fill_filesystem()
+    with pytest.raises(AssertionError, match="Exceeded maximum number of retries"):
+        cloud.boot(image, flavor)
+    # Which it would not have been, had Nova given up at the first host.
+    assert "was re-scheduled: " in cloud.log()
+    assert [path.name for path in instances_path.iterdir() if path.is_dir() and "-" in path.name] == []
 
 
 def _run(*argv: object) -> str:

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 import subprocess
 from typing import Any
 
+import compute_host
 import loop_filesystem
+from nova.virt.libvirt import utils as libvirt_utils
 import nova_disks
 from oslo_utils import units
 import pytest
@@ -26,9 +28,9 @@ from imgprealloc import terms
 
 
 @pytest.fixture(scope="session")
-def room() -> Iterator[str]:
-    """A large ext4, most of which is never written."""
-    with loop_filesystem.mounted("ext4", 60 * units.Gi) as mount_point:
+def room(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A large filesystem, most of which is never written; ext4 unless a test parametrizes it."""
+    with loop_filesystem.mounted(getattr(request, "param", "ext4"), 60 * units.Gi) as mount_point:
         yield mount_point
 
 
@@ -67,6 +69,23 @@ def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     for path in made:
         subprocess.run(["rm", "-rf", path], check=True)
     nova_disks.CONF.reset()
+
+
+@pytest.fixture
+def host(
+    disks: Callable[..., nova_disks.Disks], small_base: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., compute_host.Host]:
+    """Make compute nodes with options of nova.conf, which belongs to the one that was made last."""
+    images = {compute_host.IMAGE: small_base}
+
+    def make(*, preallocated: bool = True, **options: Any) -> compute_host.Host:
+        options.setdefault("default_ephemeral_format", "ext4")
+        options.setdefault("use_cow_images", options.get("libvirt__images_type") != "raw")
+        node = compute_host.Host(disks(preallocated=preallocated, **options), images, preallocated=preallocated)
+        monkeypatch.setattr(libvirt_utils, "fetch_image", node.fetch)
+        return node
+
+    return make
 
 
 @pytest.fixture

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block live migration, at the destination: the targets, and what QEMU's mirror has left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import os
+from typing import Any
+
+import compute_host
+from compute_host import DISKS
+from compute_host import KINDS
+from compute_host import Host
+from compute_host import all_disks
+from oslo_concurrency import processutils
+import pytest
+
+import imgprealloc
+
+
+def _source(host: Callable[..., Host], **options: Any) -> tuple[compute_host.Instance, str]:
+    """Return an instance on another host, and what that says of its disks."""
+    node = host(**options)
+    instance = node.spawn(node.instance())
+    return instance, node.driver.get_instance_disk_info(instance, compute_host.block_devices())
+
+
+@KINDS
+def test_targets_are_preallocated_before_the_guest_is_sent(host: Callable[..., Host], kind: str) -> None:
+    instance, disk_info = _source(host, libvirt__images_type=kind)
+    node = host(libvirt__images_type=kind)
+
+    node.expect(instance, disk_info)
+
+    states = {name: _inspect(node, instance, name, kind).state for name in DISKS}
+    assert states == all_disks("preallocated")
+    assert {name: _inspect(node, instance, name, kind).virtual_size for name in DISKS} == DISKS
+
+
+@KINDS
+def test_stock_targets_are_not(host: Callable[..., Host], kind: str) -> None:
+    # The control; also for raw, which Nova makes past its image backends.
+    instance, disk_info = _source(host, libvirt__images_type=kind)
+    node = host(preallocated=False, libvirt__images_type=kind)
+
+    node.expect(instance, disk_info)
+
+    assert {name: _inspect(node, instance, name, kind).state for name in DISKS} == all_disks("thin")
+
+
+def test_targets_without_a_backing_file_are_preallocated_too(host: Callable[..., Host]) -> None:
+    # As an unshelving or a conversion leaves them.
+    instance, disk_info = _source(host, libvirt__images_type="qcow2")
+    flat = json.dumps([{**info, "backing_file": ""} for info in json.loads(disk_info)])
+    node = host(libvirt__images_type="qcow2")
+
+    node.expect(instance, flat)
+
+    assert {name: _inspect(node, instance, name, "qcow2").state for name in DISKS} == all_disks("preallocated")
+
+
+@KINDS
+def test_flavor_chooses_the_mode_of_the_targets(host: Callable[..., Host], kind: str) -> None:
+    instance, disk_info = _source(host, libvirt__images_type=kind)
+    instance.flavor = compute_host.flavor(imgprealloc__mode="metadata")
+    node = host(libvirt__images_type=kind)
+
+    node.expect(instance, disk_info)
+
+    state = "mapped" if kind == "qcow2" else "thin"
+    assert {name: _inspect(node, instance, name, kind).state for name in DISKS} == all_disks(state)
+
+
+@KINDS
+def test_destination_without_space_refuses_before_the_guest_is_sent(host: Callable[..., Host], kind: str) -> None:
+    instance, disk_info = _source(host, libvirt__images_type=kind)
+    huge = json.dumps([{**info, "virt_disk_size": 500 * 2**30} for info in json.loads(disk_info)])
+    node = host(libvirt__images_type=kind)
+
+    with pytest.raises(processutils.ProcessExecutionError):
+        node.expect(instance, huge)
+
+
+def _arriving(host: Callable[..., Host], kind: str, **options: Any) -> tuple[Host, compute_host.Instance]:
+    """Return a guest whose disks the mirror has been through."""
+    node = host(libvirt__images_type=kind, **options)
+    instance = node.spawn(node.instance())
+    node.write(instance)
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    return node, instance
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@KINDS
+def test_holes_that_the_mirror_made_are_filled_while_the_guest_runs(
+    host: Callable[..., Host], kind: str, mode: str
+) -> None:
+    node, instance = _arriving(host, kind)
+    instance.flavor = compute_host.flavor(imgprealloc__mode=mode)
+    kept = node.keep(instance)
+    before = {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
+    assert "preallocated" not in node.states(instance).values()
+
+    with compute_host.in_use(node.disk(instance, "disk.swap"), kind):
+        node.arrived(instance)
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+    del kept["disk.swap"]
+    assert node.changed(instance, kept) == []
+
+
+@pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
+def test_disk_of_a_running_guest_is_never_replaced(host: Callable[..., Host], existing_disks: str) -> None:
+    stock = host(preallocated=False, libvirt__images_type="qcow2")
+    instance = stock.spawn(stock.instance())
+    stock.write(instance)
+    node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
+    node.take_over(stock)
+    before = os.stat(node.disk(instance)).st_ino
+
+    with compute_host.in_use(node.disk(instance), "qcow2"):
+        node.arrived(instance)
+
+    assert os.stat(node.disk(instance)).st_ino == before
+
+
+@KINDS
+def test_migration_that_is_over_is_not_failed_by_a_disk(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    node, instance = _arriving(host, kind)
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise imgprealloc.exceptions.NoSpace("disk", "there is no space", "Free some.")
+
+    monkeypatch.setattr(imgprealloc.Preallocator, "preallocate", fault)
+    node.arrived(instance)
+
+    assert "there is no space" in caplog.text
+
+
+def _inspect(node: Host, instance: compute_host.Instance, name: str, format: str) -> imgprealloc.DiskImage:
+    return imgprealloc.Preallocator().inspect(node.disk(instance, name), format=format)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that are there when an instance starts: start, hard reboot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import os
+import subprocess
+from typing import Any
+
+import compute_host
+from compute_host import DISKS
+from compute_host import KINDS
+from compute_host import Host
+from compute_host import all_disks
+import pytest
+
+import imgprealloc
+
+LOST = {"qcow2": "mapped", "raw": "thin"}
+
+
+def _inodes(node: Host, instance: compute_host.Instance) -> dict[str, int]:
+    return {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
+
+
+@KINDS
+def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Host], kind: str) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    kept, before = node.keep(instance), _inodes(node, instance)
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    assert node.states(instance) == all_disks(LOST[kind])
+
+    node.start(instance)
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert _inodes(node, instance) == before
+    assert node.changed(instance, kept) == []
+
+
+@KINDS
+def test_start_leaves_preallocated_disks_alone(host: Callable[..., Host], kind: str) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    kept = node.keep(instance)
+    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+
+    node.start(instance)
+
+    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.changed(instance, kept) == []
+
+
+@pytest.mark.parametrize(("existing_disks", "state"), [("reserve", "reserved"), ("rewrite", "preallocated")])
+def test_disks_of_stock_nova_are_rewritten_at_a_start_only_if_the_operator_asks(
+    host: Callable[..., Host], existing_disks: str, state: str
+) -> None:
+    stock = host(preallocated=False, libvirt__images_type="qcow2")
+    instance = stock.spawn(stock.instance())
+    kept, before = stock.keep(instance), _inodes(stock, instance)
+    assert stock.states(instance) == all_disks("thin")
+    node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
+    node.take_over(stock)
+
+    node.start(instance)
+
+    assert node.states(instance) == all_disks(state)
+    assert (_inodes(node, instance) == before) == (existing_disks == "reserve")
+    assert node.changed(instance, kept) == []
+
+
+@KINDS
+def test_trim_is_ignored_from_the_start_that_heals_a_disk(host: Callable[..., Host], kind: str) -> None:
+    # Nova describes the guest before it looks after the disks.
+    node = host(libvirt__images_type=kind, libvirt__hw_disk_discard="unmap")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    node.start(instance)
+
+    assert [disk.driver_discard for disk in node.described(instance)] == ["ignore"] * 3
+
+
+def test_trim_is_let_through_where_nothing_is_held(host: Callable[..., Host]) -> None:
+    node = host(libvirt__images_type="raw", libvirt__hw_disk_discard="unmap", imgprealloc__mode="metadata")
+    instance = node.spawn(node.instance())
+
+    node.start(instance)
+
+    assert [disk.driver_discard for disk in node.described(instance)] == ["unmap"] * 3
+
+
+@KINDS
+def test_mode_that_there_is_not_in_an_old_flavor_keeps_no_guest_from_starting(
+    host: Callable[..., Host], kind: str, caplog: Any
+) -> None:
+    # Nova's API validates extra specs only from its version 2.86 on, and an
+    # instance keeps its flavor for life.
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance(compute_host.flavor(imgprealloc__mode="sparse")))
+
+    node.start(instance)
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert caplog.text.count("'sparse'") == 1
+
+
+@KINDS
+def test_fault_of_ours_keeps_no_guest_from_starting(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(imgprealloc.Preallocator, "preallocate", fault)
+    monkeypatch.setattr(imgprealloc.Preallocator, "inspect", fault)
+    node.start(instance)
+
+    assert "can't start new thread" in caplog.text
+
+
+@KINDS
+def test_disk_that_is_not_ours_to_write_is_told_and_started(host: Callable[..., Host], kind: str, caplog: Any) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    compute_host.lose_space(node.disk(instance))
+    # Not even root may write to it.
+    subprocess.run(["chattr", "+i", node.disk(instance)], check=True)
+    try:
+        node.start(instance)
+    finally:
+        subprocess.run(["chattr", "-i", node.disk(instance)], check=True)
+
+    assert node.inspect(instance).state == LOST[kind]
+    assert f"{node.disk(instance)}: not preallocated" in caplog.text
+
+
+@KINDS
+def test_start_without_preallocation_looks_at_no_disk_more_than_stock_nova(
+    host: Callable[..., Host], kind: str, commands: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    for name in ("stat", "access", "open"):
+        original = getattr(os, name)
+
+        def listening(path: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            looks.append(f"{_name} {os.path.basename(str(path))}")
+            return _original(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, name, listening)
+
+    def done_by(node: Host) -> tuple[list[str], list[list[str]]]:
+        instance = node.spawn(node.instance())
+        commands.clear()
+        looks.clear()
+        node.start(instance)
+        return (
+            [look.replace(instance.uuid, "instance").replace(os.path.basename(node.path), "all") for look in looks],
+            [[os.path.basename(word) for word in command] for command in commands],
+        )
+
+    options = {"libvirt__images_type": kind, "preallocate_images": "none"}
+
+    assert done_by(host(**options)) == done_by(host(preallocated=False, **options))
