@@ -14,6 +14,7 @@ if os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true") == "false"
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import signal
 import subprocess
 from typing import Any
 
@@ -28,8 +29,11 @@ from imgprealloc import terms
 @pytest.fixture(scope="session")
 def room() -> Iterator[str]:
     """A large ext4, most of which is never written."""
+    # So that timeout(1) and a CI runner leave no mount behind.
+    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with loop_filesystem.mounted("ext4", 60 * units.Gi) as mount_point:
         yield mount_point
+    signal.signal(signal.SIGTERM, default)
 
 
 @pytest.fixture(scope="session")
