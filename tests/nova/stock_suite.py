@@ -67,6 +67,7 @@ def judge(result: unittest.TestResult, expected: dict[str, str]) -> dict[str, An
     return {
         "passed": result.testsRun - len(failed) - skipped,
         "skipped": skipped,
+        "skip_reasons": sorted({reason for _, reason in result.skipped}),
         "failed": len(failed - set(expected)),
         "expected_failures": {name: expected[name] for name in sorted(failed & set(expected))},
         "unexpected_failures": sorted(failed - set(expected)),
