@@ -60,7 +60,8 @@ def main() -> int:
             counts, passed = run(_environment(mode))
             results["modes"][mode][part] = {**counts, "good": passed}
             good = good and passed
-            print(f"Nova {version}, {mode}, {part}: {'good' if passed else 'FAILED'}, {counts}", flush=True)
+            told = ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped"))
+            print(f"Nova {version}, {mode}, {part}: {'good' if passed else 'FAILED'}: {told}", flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(results, file, indent=2)
