@@ -15,16 +15,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 import unittest
 import warnings
 
 # Nova 27 to 33 would patch the whole interpreter for eventlet otherwise.
 os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
 
-# They assert the one fallocate of the virtual size, which is the bug.
+_ASSERTS_THE_BUG = "asserts the one fallocate of the virtual size, which is the bug"
+
+# What must fail on our classes, in every release, and why.
 EXPECTED_FAILURES = {
-    "nova.tests.unit.virt.libvirt.test_imagebackend.FlatTestCase.test_prealloc_image",
-    "nova.tests.unit.virt.libvirt.test_imagebackend.Qcow2TestCase.test_prealloc_image",
+    "nova.tests.unit.virt.libvirt.test_imagebackend.FlatTestCase.test_prealloc_image": _ASSERTS_THE_BUG,
+    "nova.tests.unit.virt.libvirt.test_imagebackend.Qcow2TestCase.test_prealloc_image": _ASSERTS_THE_BUG,
 }
 
 
@@ -52,6 +55,31 @@ def substitute() -> None:
     imagebackend.Qcow2 = imgprealloc.nova.Qcow2
 
 
+def judge(result: unittest.TestResult, expected: dict[str, str]) -> dict[str, Any]:
+    """Count the outcomes, and name those that are not as expected.
+
+    :param expected: names of tests that must fail, with the reasons
+    """
+    failed = {test.id() for test, _ in (*result.failures, *result.errors)}
+    # Nova marks some of its own; one that passes is a failure in its runner, too.
+    failed |= {test.id() for test in result.unexpectedSuccesses}
+    skipped = len(result.skipped) + len(result.expectedFailures)
+    return {
+        "passed": result.testsRun - len(failed) - skipped,
+        "skipped": skipped,
+        "skip_reasons": sorted({reason for _, reason in result.skipped}),
+        "failed": len(failed - set(expected)),
+        "expected_failures": {name: expected[name] for name in sorted(failed & set(expected))},
+        "unexpected_failures": sorted(failed - set(expected)),
+        "unexpected_successes": sorted(set(expected) - failed),
+    }
+
+
+def is_good(counts: dict[str, Any]) -> bool:
+    """Whether tests passed, and only those failed that must."""
+    return bool(counts["passed"]) and not counts["unexpected_failures"] and not counts["unexpected_successes"]
+
+
 def main(arguments: list[str]) -> int:
     """Run the modules' tests; print what was unexpected, and a line of JSON with the counts."""
     stock = "--stock" in arguments
@@ -63,17 +91,10 @@ def main(arguments: list[str]) -> int:
         substitute()
     suite = unittest.defaultTestLoader.loadTestsFromNames(modules)
     result = unittest.TextTestRunner(verbosity=0, warnings="ignore").run(suite)
-    failed = {test.id() for test, _ in (*result.failures, *result.errors)}
-    expected = set() if stock else {name for name in EXPECTED_FAILURES if name.startswith(tuple(modules))}
-    counts = {
-        "run": result.testsRun,
-        "skipped": len(result.skipped),
-        "failed": len(failed),
-        "unexpected_failures": sorted(failed - expected),
-        "unexpected_successes": sorted(expected - failed),
-    }
+    known = {} if stock else EXPECTED_FAILURES
+    counts = judge(result, {name: reason for name, reason in known.items() if name.startswith(tuple(modules))})
     print(json.dumps(counts))
-    return int(bool(counts["unexpected_failures"] or counts["unexpected_successes"] or not result.testsRun))
+    return int(not is_good(counts))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compute_driver = imgprealloc.LibvirtDriver, by Nova's own loader."""
+"""compute_driver = imgprealloc.LibvirtDriver, or Nova patched (contrib/), by Nova's own loader."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -49,6 +51,8 @@ def load(tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess[st
     return run
 
 
+_PATCH = pathlib.Path(__file__).parents[2] / "contrib" / "nova-imagebackend.patch"
+
 OURS = """
     [DEFAULT]
     compute_driver = imgprealloc.LibvirtDriver
@@ -56,25 +60,50 @@ OURS = """
 """
 
 
+STOCK = "[DEFAULT]\ncompute_driver = libvirt.LibvirtDriver\n"
+
+PREALLOCATING = [
+    "default imgprealloc.nova True",
+    "flat imgprealloc.nova True",
+    "lvm nova.virt.libvirt.imagebackend True",
+    "ploop nova.virt.libvirt.imagebackend True",
+    "qcow2 imgprealloc.nova True",
+    "raw imgprealloc.nova True",
+    "rbd nova.virt.libvirt.imagebackend True",
+]
+
+
 def test_novas_loader_finds_our_driver_and_gets_preallocating_backends(load: Any) -> None:
     done = load(OURS)
 
-    assert done.stdout.splitlines() == [
-        "default imgprealloc.nova True",
-        "flat imgprealloc.nova True",
-        "lvm nova.virt.libvirt.imagebackend True",
-        "ploop nova.virt.libvirt.imagebackend True",
-        "qcow2 imgprealloc.nova True",
-        "raw imgprealloc.nova True",
-        "rbd nova.virt.libvirt.imagebackend True",
-    ], done.stderr
+    assert done.stdout.splitlines() == PREALLOCATING, done.stderr
 
 
 def test_novas_own_driver_stays_stock_beside_us(load: Any) -> None:
-    done = load("[DEFAULT]\ncompute_driver = libvirt.LibvirtDriver\n")
+    done = load(STOCK)
 
     assert "qcow2 nova.virt.libvirt.imagebackend True" in done.stdout
     assert "imgprealloc" not in done.stdout
+
+
+@pytest.fixture
+def patched(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Apply the patch to the letter to a copy of this Nova's nova/virt/libvirt; return the copy's nova/virt."""
+    spec = importlib.util.find_spec("nova")
+    assert spec is not None
+    assert spec.origin is not None
+    virt = tmp_path / "nova" / "virt"
+    shutil.copytree(pathlib.Path(spec.origin).with_name("virt") / "libvirt", virt / "libvirt")
+    command = ["patch", "--strip=1", "--fuzz=0", "--directory", str(tmp_path), "--input", str(_PATCH)]
+    subprocess.run(command, check=True)
+    return virt
+
+
+@pytest.mark.parametrize("nova_conf", [STOCK, OURS], ids=["libvirt.LibvirtDriver", "imgprealloc.LibvirtDriver"])
+def test_nova_with_the_patch_gets_preallocating_backends(load: Any, patched: pathlib.Path, nova_conf: str) -> None:
+    done = load(nova_conf, f"import nova.virt; nova.virt.__path__.insert(0, {str(patched)!r})")
+
+    assert done.stdout.splitlines() == PREALLOCATING, done.stderr
 
 
 @pytest.mark.parametrize(
