@@ -337,7 +337,7 @@ class RawPreallocator(Preallocator):
         terms.require_space(path, image.virtual_size)
 
         def write(new: str) -> None:
-            _refuse_changed(path, image.modified)
+            replacement.refuse_changed(path, image.modified)
             qemu_img.convert(path, new, "raw", {**offer.nocow, "preallocation": _RAW_PREALLOCATION[offer.mode]})
 
         return self._put(image.path, offer, write)
@@ -439,7 +439,7 @@ class Qcow2Preallocator(Preallocator):
 
     def _recreate(self, path: str, blank: Blank, offer: Terms) -> DiskImage:
         def write(new: str) -> None:
-            _refuse_changed(path, blank.modified)
+            replacement.refuse_changed(path, blank.modified)
             self._write(
                 path, new, blank.virtual_size, offer, blank.backing_file, blank.backing_format, blank.cluster_size
             )
@@ -481,7 +481,7 @@ class Qcow2Preallocator(Preallocator):
         options = self._options(offer, image.backing_file, image.cluster_size)
 
         def write(new: str) -> None:
-            _refuse_changed(path, image.modified)
+            replacement.refuse_changed(path, image.modified)
             qemu_img.convert(
                 path, new, "qcow2", options, backing_file=image.backing_file, backing_format=image.backing_format
             )
@@ -504,7 +504,7 @@ class Qcow2Preallocator(Preallocator):
         if _has_stray_bytes(image):
             # Left by a growth that was cut short; qemu-img would stumble over it.
             with lock.no_writer(path):
-                _refuse_changed(path, image.modified)
+                replacement.refuse_changed(path, image.modified)
                 os.truncate(path, _round_up(image.image_end, image.cluster_size or 1))
         file_size = os.path.getsize(path)
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
@@ -568,12 +568,6 @@ def _fill(path: str, length: int, offer: Terms, start: int = 0) -> None:
             fallocate.reserve(path, gap.start, gap.length)
     elif offer.mode == "full":
         fallocate.write_zeros(path)
-
-
-def _refuse_changed(path: str, modified: int) -> None:
-    """Refuse to replace a disk that has been written to since it was read."""
-    if os.stat(path).st_mtime_ns != modified:
-        raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
 
 
 def _has_stray_bytes(image: DiskImage) -> bool:

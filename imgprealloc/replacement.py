@@ -44,6 +44,7 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
         if existed:
             _refuse_links(path)
             stack.enter_context(lock.no_writer(path))
+            modified = os.stat(path).st_mtime_ns
         # Who may read the disk is known once its attributes are copied.
         fd = stack.enter_context(_claimed(path, path + SUFFIX, 0o600 if existed else 0o644))
         temporary = path + SUFFIX
@@ -61,10 +62,22 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
                 path, "another program has removed or replaced the new file", "Nothing was changed; try again."
             )
         if existed:
+            # Not every writer heeds QEMU's lock.
+            refuse_changed(path, modified)
             os.replace(temporary, path)
         else:
             _publish(temporary, path)
         _sync_directory(os.path.dirname(path))
+
+
+def refuse_changed(path: str, modified: int) -> None:
+    """Refuse to replace a disk that has been written to since it was read.
+
+    :param modified: its mtime then, in nanoseconds
+    :raises: ImageInUse
+    """
+    if os.stat(path).st_mtime_ns != modified:
+        raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
 
 
 def _flush_and_judge(path: str, temporary: str, judge: Callable[[str], object]) -> None:

@@ -5,7 +5,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import signal
 import tempfile
 
 import loop_filesystem
@@ -36,10 +35,6 @@ def _tools():
     if missing:
         stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         stop(f"needs {', '.join(missing)}")
-    # So that timeout(1) and a CI runner leave no mounts behind.
-    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGTERM, default)
 
 
 @pytest.fixture(scope="session")

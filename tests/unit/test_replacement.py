@@ -114,6 +114,20 @@ def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Pa
     assert names(disk) == ["disk"]
 
 
+def test_a_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs, disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    # Clocks of filesystems tick slowly.
+    os.utime(disk, (0, 0))
+    # Not by QEMU, which our lock would keep out.
+    programs.then["sync"] = lambda: disk.write_bytes(b"newer")
+
+    with pytest.raises(exceptions.ImageInUse, match="written to"):
+        replace(disk)
+
+    assert disk.read_bytes() == b"newer"
+    assert names(disk) == ["disk"]
+
+
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
     if existed:
