@@ -23,6 +23,7 @@ from oslo_utils import fileutils
 from oslo_utils import strutils
 
 from imgprealloc import exceptions
+from imgprealloc import fallocate
 from imgprealloc import opts
 from imgprealloc import qcow2_header
 from imgprealloc import terms
@@ -218,7 +219,7 @@ def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> No
     """Preallocate a disk that may have data, if it can be done; a guest that can start has to start.
 
     :param running: whether its guest writes to it meanwhile
-    :raises: NoSpace, which fails a start with stock Nova, too
+    :raises: NoSpace, where stock Nova's fallocate would have failed the start, too
     """
     rewrite = CONF.imgprealloc.existing_disks == "rewrite"
     strategy = _preallocator(instance, running=running)
@@ -230,8 +231,10 @@ def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> No
             return
         with compute_utils.disk_ops_semaphore:
             strategy.preallocate(path, rewrite=rewrite, format=format)
-    except exceptions.NoSpace:
-        raise
+    except exceptions.NoSpace as exc:
+        if fallocate.gaps(path, 0, strategy.inspect(path, format=format).virtual_size):
+            raise
+        terms.warn_once(path, f"not preallocated: {exc}")
     except exceptions.PreallocationError as exc:
         terms.warn_once(path, f"not preallocated: {exc}")
     except Exception:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import os
 import subprocess
 from typing import Any
 
+import loop_filesystem
 from nova.virt.libvirt import driver
+import nova_disks
 from oslo_concurrency import processutils
 from oslo_utils import units
 import pytest
@@ -248,6 +251,42 @@ def test_no_space_leaves_a_disk_that_was_there_as_it_was(disks: Any, base: str) 
         made.cache(image, base, 500 * units.Gi)
 
     assert _stamp(image.path) == before
+
+
+@pytest.fixture
+def tight() -> Iterator[str]:
+    """A small filesystem, to be filled."""
+    with loop_filesystem.mounted("ext4", 768 * units.Mi) as mount_point:
+        yield mount_point
+
+
+def _stock_disk_on_a_full_filesystem(tight: str, small_base: str, **options: Any) -> Any:
+    instances_path = os.path.join(tight, "instances")
+    os.mkdir(instances_path)
+    image = nova_disks.Disks(instances_path, preallocated=False, **options).spawn(small_base, 256 * units.Mi)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 128M 20M", image.path], check=True, capture_output=True)
+    loop_filesystem.fill(tight)
+    return image
+
+
+def test_disk_that_stock_nova_would_start_is_started_though_what_it_lacks_cannot_be_had(
+    tight: str, small_base: str, caplog: Any
+) -> None:
+    image = _stock_disk_on_a_full_filesystem(tight, small_base)
+    made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
+
+    made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
+
+    assert _inspect(image).state == "thin"
+    assert f"{image.path}: not preallocated" in caplog.text
+
+
+def test_disk_that_stock_nova_would_not_start_for_want_of_space_is_not_started(tight: str, small_base: str) -> None:
+    image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
+    made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
+
+    with pytest.raises(processutils.ProcessExecutionError):
+        made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
 
 
 def test_without_preallocation_no_command_is_added(disks: Any, base: str, commands: Any) -> None:
