@@ -7,6 +7,7 @@ replacement.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import errno
 import os
@@ -32,6 +33,7 @@ def run(
     *argv: str,
     limits: processutils.ProcessLimits | None = None,
     exit_codes: Sequence[int] = (0,),
+    meanwhile: Callable[[], object] | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
 
@@ -40,8 +42,22 @@ def run(
         import modules from the folder that it is started in
     :param limits: oslo.concurrency's ProcessLimits to run under
     :param exit_codes: the exit statuses that are no failure
-    :raises: NoSpace, QemuImgMissing, QemuImgKilled, CommandFailed
+    :param meanwhile: called once the program has been started, without a
+        thread, which eventlet may never wake again; what the program prints
+        has to fit into a pipe until it returns
+    :raises: NoSpace, QemuImgMissing, QemuImgKilled, CommandFailed, and what
+        meanwhile raises
     """
+    raised: list[Exception] = []
+
+    def started(_: object) -> None:
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        except Exception as exc:
+            # Not before the program has ended.
+            raised.append(exc)
+
     try:
         stdout, _ = processutils.execute(
             *argv,
@@ -49,6 +65,7 @@ def run(
             cwd="/",
             env_variables={**os.environ, **_ENVIRONMENT},
             prlimit=limits,
+            on_execute=started,
         )
     except OSError as exc:
         if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
@@ -59,7 +76,11 @@ def run(
             f"Install {argv[0]} (Debian: qemu-utils, util-linux, coreutils).",
         ) from exc
     except processutils.ProcessExecutionError as exc:
+        if raised:
+            raise raised[0] from None
         raise _failure(path, argv, limits, exc) from exc
+    if raised:
+        raise raised[0]
     return str(stdout)
 
 

@@ -8,6 +8,7 @@ decided elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
@@ -123,11 +124,14 @@ def info(path: str, format: str | None = None) -> dict[str, Any]:
     return _json(path, command.run(path, "qemu-img", "info", "-U", "--output=json", *named, path, limits=LIMITS))
 
 
-def check(path: str, format: str) -> dict[str, Any]:
-    """Count an image's clusters, and its faults, also while it is in use. Its backing file is not opened."""
+def check(path: str, format: str, *, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Count an image's clusters, and its faults, also while it is in use. Its backing file is not opened.
+
+    :param meanwhile: called once the check has been started
+    """
     said = command.run(
         path, "qemu-img", "check", "-U", "--output=json", "-f", format, _alone(path, format),
-        limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS,
+        limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS, meanwhile=meanwhile,
     )  # fmt: skip
     return _json(path, said)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent import futures
 import os
 import stat
 from typing import Any
@@ -43,14 +42,18 @@ def qcow2(path: str) -> DiskImage:
     target = os.path.abspath(path)
     qcow2_header.require(target)
     in_use = lock.in_use(target)
-    # Side by side, because most of either is the start of the process that
-    # sets its limits.
-    with futures.ThreadPoolExecutor(max_workers=1) as other:
-        checking = other.submit(qemu_img.check, target, "qcow2")
+    described: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
+
+    def describe() -> None:
         info = qemu_img.info(target, "qcow2")
         header = qemu_img.section(path, info, "format-specific", "data")
         _refuse(path, info, header)
-        check = checking.result()
+        described.append((info, header))
+
+    # Side by side, because most of either is the start of the process that
+    # sets its limits.
+    check = qemu_img.check(target, "qcow2", meanwhile=describe)
+    [(info, header)] = described
     faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
     if faults and not in_use and not lock.in_use(target):

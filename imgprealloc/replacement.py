@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from concurrent import futures
 import contextlib
 import os
 
@@ -52,7 +51,9 @@ def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
             _copy_attributes(path, fd)
         try:
             yield temporary
-            _flush_and_judge(path, temporary, judge)
+            # sync(1) and not os.fsync(): after mode full there may be minutes of
+            # writing to wait for, and eventlet has only this one thread.
+            command.run(path, "sync", temporary, meanwhile=lambda: judge(temporary))
         except exceptions.PreallocationError as exc:
             # The disk is what the caller knows.
             exc.path = path if exc.path == temporary else exc.path
@@ -78,16 +79,6 @@ def refuse_changed(path: str, modified: int) -> None:
     """
     if os.stat(path).st_mtime_ns != modified:
         raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
-
-
-def _flush_and_judge(path: str, temporary: str, judge: Callable[[str], object]) -> None:
-    """Bring the new file to stable storage, and have it judged meanwhile."""
-    with futures.ThreadPoolExecutor(max_workers=1) as other:
-        judging = other.submit(judge, temporary)
-        # sync(1) and not os.fsync(): after mode full there may be minutes of
-        # writing to wait for, and eventlet has only this one thread.
-        command.run(path, "sync", temporary)
-        judging.result()
 
 
 @contextlib.contextmanager

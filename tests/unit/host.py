@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import struct
-import threading
 from typing import Any
 
 import fixtures
@@ -89,8 +88,6 @@ class Programs(fixtures.Fixture):
         self.then: dict[str, Callable[[], Any]] = {}
         self._ends: dict[str, tuple[int, str]] = {}
         self._missing: set[str] = set()
-        # info and check run side by side.
-        self._lock = threading.Lock()
 
     def _setUp(self) -> None:
         self.useFixture(fixtures.MockPatch("oslo_concurrency.processutils.execute", self._execute))
@@ -115,14 +112,14 @@ class Programs(fixtures.Fixture):
 
     def _execute(self, *argv: str, **kwargs: Any) -> tuple[str, str]:
         call = Call(argv, kwargs)
-        with self._lock:
-            self.calls.append(call)
-            if argv[0] in self._missing:
-                self._fail_to_start(call)
-            status, stderr = self._ends.get(call.name, (0, ""))
-            answer = self.answers.get(call.name)
-            stdout = "" if status == 1 or status < 0 or answer is None else answer(call)
-            self.then.get(call.name, lambda: None)()
+        self.calls.append(call)
+        if argv[0] in self._missing:
+            self._fail_to_start(call)
+        kwargs["on_execute"](None)
+        status, stderr = self._ends.get(call.name, (0, ""))
+        answer = self.answers.get(call.name)
+        stdout = "" if status == 1 or status < 0 or answer is None else answer(call)
+        self.then.get(call.name, lambda: None)()
         if status not in kwargs.get("check_exit_code", [0]):
             raise failure(call, status, stderr)
         return stdout, stderr

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
+
 import fixtures
 from oslo_concurrency import processutils
 import pytest
@@ -55,6 +57,36 @@ def test_limits_are_passed_on(programs: Programs) -> None:
     command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
     assert programs.calls[0].limits is LIMITS
+
+
+def test_something_else_is_done_while_the_program_runs() -> None:
+    # For real: the program waits for what is done meanwhile.
+    read, write = os.pipe()
+    with os.fdopen(read, "rb"), os.fdopen(write, "wb") as pipe:
+
+        def answer() -> None:
+            pipe.write(b"done")
+            pipe.close()
+
+        said = command.run(DISK, "head", "-c", "4", f"/proc/{os.getpid()}/fd/{read}", meanwhile=answer)
+
+    assert said == "done"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_goes_wrong_meanwhile_is_told_when_the_program_has_ended(programs: Programs, status: int) -> None:
+    ended: list[bool] = []
+    programs.then["create"] = lambda: ended.append(True)
+    programs.ends("create", status)
+
+    def fail() -> None:
+        assert not ended
+        raise exceptions.BrokenImage(DISK, "broken", "Mend it.")
+
+    with pytest.raises(exceptions.BrokenImage):
+        command.run(DISK, "qemu-img", "create", DISK, meanwhile=fail)
+
+    assert ended == [True]
 
 
 def test_an_exit_status_that_is_no_failure_returns_what_was_printed(programs: Programs) -> None:
