@@ -29,14 +29,15 @@ THREADING = {"eventlet": "false", "threads": "true"}
 # Of Nova's own suite _stock() runs more, and once is enough.
 _PART_OF_STOCK = "tests/nova/test_stock_suite.py::test_novas_own_tests_pass_but_for_those_that_assert_the_bug"
 
-# A nova-compute that has native threads runs without eventlet when it is told
-# to. Up to Nova 32 it imports eventlet all the same, and its libvirt driver
-# counts on it, though in 32 other services can do without.
+# Nova 32 has native threads for its API and scheduler, but its libvirt driver
+# goes through eventlet's tpool in whatever mode; before 32 there are none at all.
 _PROBE = """
-import sys, warnings
+import warnings
 warnings.simplefilter("ignore")
-import nova.cmd.compute, nova.virt.libvirt.driver
-print("eventlet" if "eventlet" in sys.modules else "threads")
+import nova.cmd.compute, nova.utils, nova.virt.libvirt.host
+is_in_threads = getattr(nova.utils, "concurrency_mode_threading", lambda: False)
+needs_eventlet = hasattr(nova.virt.libvirt.host, "tpool")
+print("threads" if is_in_threads() and not needs_eventlet else "eventlet")
 """
 
 
