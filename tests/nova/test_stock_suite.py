@@ -84,3 +84,13 @@ def test_run_is_not_good_when_a_listed_test_is_gone() -> None:
 
 def test_run_of_nothing_is_not_good() -> None:
     assert not stock_suite.is_good(stock_suite.judge(_result(), {}))
+
+
+def test_what_fails_without_us_is_expected_in_its_release_and_mode_alone() -> None:
+    ours = set(stock_suite.EXPECTED_FAILURES)
+    hanging = set(stock_suite.EXPECTED_WITHOUT_US["33", "threads"])
+
+    assert set(stock_suite.expected_failures("33", "threads", stock=False)) == ours | hanging
+    assert set(stock_suite.expected_failures("33", "threads", stock=True)) == hanging
+    assert set(stock_suite.expected_failures("33", "eventlet", stock=False)) == ours
+    assert set(stock_suite.expected_failures("34", "threads", stock=False)) == ours
