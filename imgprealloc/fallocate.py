@@ -140,12 +140,12 @@ def _fiemap(fd: int) -> list[Extent]:
     joined: list[Extent] = []
     # The piece that the next extent may belong to.
     start, end, was_shared = 0, 0, False
-    position, flags = 0, 0
+    flags = 0
     while not flags & _EXTENT_LAST:
         # Without FIEMAP_FLAG_SYNC, which would wait for the writes of a guest:
         # delayed allocations are listed too, and count as set aside.
         buffer = bytearray(_FIEMAP.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(buffer, 0, position, _FIEMAP_MAX_LENGTH - position, 0, 0, _EXTENTS_A_CALL, 0)
+        _FIEMAP.pack_into(buffer, 0, end, _FIEMAP_MAX_LENGTH - end, 0, 0, _EXTENTS_A_CALL, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         found = _FIEMAP.unpack_from(buffer)[3]
         if not found:
@@ -153,12 +153,11 @@ def _fiemap(fd: int) -> list[Extent]:
         answer = memoryview(buffer)[_FIEMAP.size : _FIEMAP.size + found * _FIEMAP_EXTENT.size]
         for logical, _, length, _, _, flags, _, _, _ in _FIEMAP_EXTENT.iter_unpack(answer):
             shared = bool(flags & _EXTENT_SHARED)
-            position = logical + length
             if logical != end or shared != was_shared:
                 if end > start:
                     joined.append(Extent(start, end - start, was_shared))
                 start, was_shared = logical, shared
-            end = position
+            end = logical + length
     if end > start:
         joined.append(Extent(start, end - start, was_shared))
     return joined

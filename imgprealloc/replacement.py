@@ -26,7 +26,7 @@ _ACL = "system.posix_acl_access"
 
 
 @contextlib.contextmanager
-def new_disk(path: str, judge: Callable[[str], object] = bool) -> Iterator[str]:
+def new_disk(path: str, judge: Callable[[str], object] = lambda new: None) -> Iterator[str]:
     """Give the name of an empty file that becomes path when the block ends well.
 
     The new file is on stable storage before it gets its name. A disk that
