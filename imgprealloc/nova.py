@@ -81,6 +81,11 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 )
 
 
+# What is known of base images, by their names: the file (device, inode, length)
+# and its virtual size. A process that tells it takes 40 ms of a build's 300.
+_base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Seam:
     """A place in Nova that the integration depends on, and what is wrong with it, if anything."""
@@ -232,13 +237,22 @@ def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> No
         with compute_utils.disk_ops_semaphore:
             strategy.preallocate(path, rewrite=rewrite, format=format)
     except exceptions.NoSpace as exc:
-        if fallocate.gaps(path, 0, strategy.inspect(path, format=format).virtual_size):
+        if _stock_would_fail(path, strategy, format):
             raise
         terms.warn_once(path, f"not preallocated: {exc}")
     except exceptions.PreallocationError as exc:
         terms.warn_once(path, f"not preallocated: {exc}")
     except Exception:
         LOG.exception("%s: not preallocated", path)
+
+
+def _stock_would_fail(path: str, strategy: Preallocator, format: str) -> bool:
+    """Whether stock Nova's fallocate would have lacked space, too; not if it cannot be told."""
+    try:
+        return bool(fallocate.gaps(path, 0, strategy.inspect(path, format=format).virtual_size))
+    except (exceptions.PreallocationError, OSError) as exc:
+        LOG.warning("%s: %s", path, exc)
+        return False
 
 
 if TYPE_CHECKING:
@@ -262,7 +276,6 @@ class _Preallocating(_Image):  # type: ignore[misc]
         self._instance = instance
         # Whether cache() has found the disk there already.
         self._existed = False
-        self._sizes: dict[str, int] = {}
 
     @property
     def _is_ours(self) -> bool:
@@ -274,7 +287,6 @@ class _Preallocating(_Image):  # type: ignore[misc]
             super().cache(fetch_func, filename, size, *args, **kwargs)
             return
         self._existed = self.exists()
-        self._sizes.clear()
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
@@ -285,12 +297,22 @@ class _Preallocating(_Image):  # type: ignore[misc]
             _heal(self.path, self.driver_format, self._instance)
 
     def get_disk_size(self, name: str) -> int:
-        """Return the virtual size of an image; within a cache(), Nova asks for the base's twice."""
-        if not self._is_ours:
+        """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
+
+        Nova's checks of what is in the base are create_image()'s, at each build.
+        Its mtime says nothing: Nova sets it at each build, for the cache manager.
+        """
+        if not self._is_ours or name == self.path:
             return int(super().get_disk_size(name))
-        if name not in self._sizes:
-            self._sizes[name] = super().get_disk_size(name)
-        return self._sizes[name]
+        try:
+            status = os.stat(name)
+        except FileNotFoundError:
+            return int(super().get_disk_size(name))
+        file = (status.st_dev, status.st_ino, status.st_size)
+        known = _base_sizes.get(name)
+        if known is None or known[0] != file:
+            known = _base_sizes[name] = (file, int(super().get_disk_size(name)))
+        return known[1]
 
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""

@@ -25,6 +25,7 @@ from oslo_utils import units
 import pytest
 
 from imgprealloc import terms
+import imgprealloc.nova
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,7 @@ def _full(path: str, mebibytes: int) -> str:
 def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., nova_disks.Disks]]:
     """Make Disks of either kind, with any options; the instances are removed afterwards."""
     terms._warned.clear()
+    imgprealloc.nova._base_sizes.clear()
     made: list[str] = []
 
     def make(*, preallocated: bool = True, **options: Any) -> nova_disks.Disks:

@@ -16,6 +16,7 @@ from oslo_utils import units
 import pytest
 
 import imgprealloc
+from nova import exception
 
 _4G = 4 * units.Gi
 
@@ -173,6 +174,46 @@ def test_base_image_is_not_preallocated(disks: Any, room: str) -> None:
     assert os.stat(cached).st_blocks == 0
 
 
+def _asked_about(base: str, commands: list[tuple[str, ...]]) -> int:
+    return sum(
+        "info" in command and os.path.join("_base", os.path.basename(base)) in " ".join(command) for command in commands
+    )
+
+
+def test_base_image_is_not_asked_for_its_size_at_each_build(disks: Any, base: str, commands: Any) -> None:
+    made = disks()
+    made.spawn(base, _4G)
+    first = _asked_about(base, commands)
+    commands.clear()
+
+    made.spawn(base, _4G)
+
+    # create_image()'s own look at the base, before it puts a disk over it, stays.
+    assert 0 < _asked_about(base, commands) < first
+
+
+@pytest.mark.parametrize("image_type", ["qcow2", "raw"])
+def test_flavor_smaller_than_its_image_is_refused_also_the_second_time(disks: Any, base: str, image_type: str) -> None:
+    made = disks()
+    made.spawn(base, _4G, image_type=image_type)
+
+    with pytest.raises(exception.FlavorDiskSmallerThanImage):
+        made.spawn(base, 128 * units.Mi, image_type=image_type)
+
+
+def test_base_image_that_has_been_fetched_anew_is_asked_for_its_size_again(
+    disks: Any, base: str, small_base: str
+) -> None:
+    made = disks()
+    made.spawn(small_base, _4G)
+    cached = os.path.join(made.instances_path, "_base", os.path.basename(small_base))
+    os.unlink(cached)
+    os.link(base, cached)
+
+    with pytest.raises(exception.FlavorDiskSmallerThanImage):
+        made.spawn(small_base, 128 * units.Mi)
+
+
 def test_nothing_but_the_disk_is_left_in_the_instances_folder(disks: Any, base: str) -> None:
     image = disks().spawn(base, _4G)
 
@@ -287,6 +328,21 @@ def test_disk_that_stock_nova_would_not_start_for_want_of_space_is_not_started(t
 
     with pytest.raises(processutils.ProcessExecutionError):
         made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
+
+
+def test_disk_is_started_where_what_it_lacks_cannot_be_had_nor_told(
+    tight: str, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
+    made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
+
+    def unreadable(self: Any, path: str, **_: Any) -> Any:
+        raise imgprealloc.exceptions.BrokenImage(path, "it cannot be read", "Look at it.")
+
+    monkeypatch.setattr(imgprealloc.Preallocator, "inspect", unreadable)
+    made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
+
+    assert "not preallocated" in caplog.text
 
 
 def test_without_preallocation_no_command_is_added(disks: Any, base: str, commands: Any) -> None:
