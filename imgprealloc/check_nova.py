@@ -87,7 +87,8 @@ def check(config_files: list[str]) -> Iterator[Finding]:
 
 def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
     if integration.is_patched(conf.use_cow_images):
-        return Finding("compute_driver", True, f"{conf.compute_driver}, and imagebackend is patched (contrib/)")
+        patched = f"{conf.compute_driver}, and imagebackend is patched (contrib/), but not what the driver does itself"
+        return Finding("compute_driver", True, patched)
     if conf.compute_driver != DRIVER:
         return Finding("compute_driver", False, f"{conf.compute_driver}; set [DEFAULT] compute_driver = {DRIVER}")
     if importlib.util.find_spec("nova.virt.imgprealloc") is None:

@@ -26,6 +26,7 @@ from oslo_utils import units
 from imgprealloc import check_nova
 from imgprealloc import exceptions
 from imgprealloc import preallocator
+from imgprealloc import qcow2_header
 from imgprealloc import terms
 from imgprealloc.image import DiskImage
 
@@ -305,6 +306,13 @@ def _in_disk_info(path: str) -> str | None:
             noted = json.load(file).get(path)
     except (OSError, ValueError, AttributeError):
         return None
+    if noted == "raw" and qcow2_header.begins(path):
+        # Nova notes nothing when a resize converts a raw disk to qcow2.
+        terms.warn_once(
+            path,
+            "taken for raw, as in disk.info, but it begins like qcow2: written by its guest, or by Nova, "
+            "if that has converted the disk; the instance's XML tells. Then say --disk-format qcow2",
+        )
     return noted if noted in tuple(preallocator.FORMATS) else None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nova's libvirt driver with preallocating disks; nothing else here imports Nova.
+"""Nova's libvirt driver with preallocating disks; all that is done to Nova is here.
 
 Nova's own code runs first everywhere, with all its checks, and is asked to
 leave out its one fallocate. To be imported only once Nova has read its
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 from typing import TYPE_CHECKING, Any, Optional
@@ -24,9 +25,11 @@ from oslo_utils import strutils
 
 from imgprealloc import exceptions
 from imgprealloc import fallocate
+from imgprealloc import filesystem
 from imgprealloc import opts
 from imgprealloc import qcow2_header
 from imgprealloc import terms
+from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
 CONF = cfg.CONF
@@ -60,13 +63,14 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
             ("get_disk_size", ("self", "name")),
             ("libvirt_info", ("self", "cache_mode", "extra_specs")),
             ("resize_image", ("self", "size")),
+            ("resolve_driver_format", ("self",)),
             ("_can_fallocate", ("self",)),
         )
     ),
     (imagebackend.Backend, "__init__", ("self", "use_cow")),
     (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
     (driver.LibvirtDriver, "_disk_raw_to_qcow2", ("path",)),
-    (driver.LibvirtDriver, "finish_migration", ("self", "context", "migration", "instance")),
+    (driver.LibvirtDriver, "finish_migration", ("self", "context", "migration", "instance", "disk_info")),
     (
         driver.LibvirtDriver,
         "_create_images_and_backing",
@@ -84,6 +88,11 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
 # What is known of base images, by their names: the file (device, inode, length)
 # and its virtual size. A process that tells it takes 40 ms of a build's 300.
 _base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
+
+# The formats of the disks that finish_migration() is at work on, by their paths,
+# as the host that they come from has told them. Their own first bytes do not
+# count: a guest may have written a qcow2 header to a raw disk.
+_arriving_formats: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,29 +156,41 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         # By their ids, which name the folders that their disks are in.
         self._arriving: dict[str, Any] = {}
 
-    def finish_migration(self, context: Any, migration: Any, instance: Any, *args: Any, **kwargs: Any) -> None:
-        """Remember whose disks _disk_raw_to_qcow2() converts, because its flavor may have a mode."""
+    def finish_migration(
+        self, context: Any, migration: Any, instance: Any, disk_info: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Remember what the disks are, and whose, while Nova looks after them and converts the raw ones."""
+        formats = {info["path"]: info["type"] for info in json.loads(disk_info)} if is_on() else {}
+        _arriving_formats.update(formats)
         self._arriving[instance.uuid] = instance
         try:
-            super().finish_migration(context, migration, instance, *args, **kwargs)
+            super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
         finally:
             del self._arriving[instance.uuid]
+            for path in formats:
+                _arriving_formats.pop(path, None)
 
     def _disk_raw_to_qcow2(self, path: str) -> None:
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
+            _arriving_formats[path] = "qcow2"
             _heal(path, "qcow2", self._arriving.get(os.path.basename(os.path.dirname(path))))
 
     def _create_images_and_backing(
         self, context: Any, instance: Any, instance_dir: str, disk_info: Any, fallback_from_host: str | None = None
     ) -> None:
-        """Preallocate also those targets of a block live migration that Nova makes past its backends."""
-        super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
+        """Preallocate also those disks that Nova makes, or starts, past its backends: those without a backing file."""
+        alone = {}
         for info in disk_info or () if is_on() else ():
             path = os.path.join(instance_dir, os.path.basename(info["path"]))
             if not info["backing_file"] and _is_instance_disk(path):
-                _heal(path, info["type"], instance)
+                alone[path] = (info, os.path.exists(path))
+        super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
+        for path, (info, existed) in alone.items():
+            # Nova calls no fallocate for one that is there.
+            stock_length = None if existed else int(info["virt_disk_size"])
+            _heal(path, info["type"], instance, made=not existed, stock_length=stock_length)
 
     def post_live_migration_at_destination(
         self,
@@ -220,13 +241,25 @@ def _preallocator(instance: Any, *, running: bool = False) -> Preallocator:
     return strategy
 
 
-def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> None:
-    """Preallocate a disk that may have data, if it can be done; a guest that can start has to start.
+def _heal(
+    path: str,
+    format: str,
+    instance: Any,
+    *,
+    running: bool = False,
+    made: bool = False,
+    certain: bool = True,
+    stock_length: int | None = None,
+) -> None:
+    """Preallocate a disk, mostly one with data, if it can be done; a guest that can start has to start.
 
     :param running: whether its guest writes to it meanwhile
-    :raises: NoSpace, where stock Nova's fallocate would have failed the start, too
+    :param made: whether Nova has only just made it, for this
+    :param certain: whether it is of this format for sure
+    :param stock_length: bytes that stock Nova would have called fallocate for
+    :raises: NoSpace, where that fallocate would have failed, too
     """
-    rewrite = CONF.imgprealloc.existing_disks == "rewrite"
+    rewrite = CONF.imgprealloc.existing_disks == "rewrite" and certain and not running
     strategy = _preallocator(instance, running=running)
     try:
         if not os.access(path, os.W_OK):
@@ -235,9 +268,9 @@ def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> No
                 terms.warn_once(path, f"not preallocated: it is {state}, and not ours to write")
             return
         with compute_utils.disk_ops_semaphore:
-            strategy.preallocate(path, rewrite=rewrite, format=format)
+            strategy.preallocate(path, rewrite=rewrite, in_place=not (rewrite or made), format=format)
     except exceptions.NoSpace as exc:
-        if _stock_would_fail(path, strategy, format):
+        if _stock_would_fail(path, stock_length):
             raise
         terms.warn_once(path, f"not preallocated: {exc}")
     except exceptions.PreallocationError as exc:
@@ -246,12 +279,15 @@ def _heal(path: str, format: str, instance: Any, *, running: bool = False) -> No
         LOG.exception("%s: not preallocated", path)
 
 
-def _stock_would_fail(path: str, strategy: Preallocator, format: str) -> bool:
-    """Whether stock Nova's fallocate would have lacked space, too; not if it cannot be told."""
+def _stock_would_fail(path: str, length: int | None) -> bool:
+    """Whether stock Nova's fallocate of length would have lacked space, too; not if it cannot be told."""
+    if not length:
+        return False
     try:
-        return bool(fallocate.gaps(path, 0, strategy.inspect(path, format=format).virtual_size))
-    except (exceptions.PreallocationError, OSError) as exc:
-        LOG.warning("%s: %s", path, exc)
+        # Nova, too, does without fallocate where there is none.
+        return filesystem.under(os.path.dirname(path)).fallocate and bool(fallocate.gaps(path, 0, length))
+    except Exception:
+        LOG.exception("%s: started without preallocation", path)
         return False
 
 
@@ -290,11 +326,19 @@ class _Preallocating(_Image):  # type: ignore[misc]
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
-        if not self._existed:
+        if not self._existed and self.driver_format not in FORMATS:
+            # A copy of an image that Nova was told to leave as it is.
+            terms.warn_once(self.path, f"not preallocated: its format is {self.driver_format}")
+        elif not self._existed:
             with compute_utils.disk_ops_semaphore, fileutils.remove_path_on_error(self.path):
                 self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
         elif not self._awaits_conversion():
-            _heal(self.path, self.driver_format, self._instance)
+            _heal(self.path, self.driver_format, self._instance, certain=self._is_certain, stock_length=size)
+
+    @property
+    def _is_certain(self) -> bool:
+        """Whether a disk that is there has the backend's format for sure."""
+        return True
 
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
@@ -306,7 +350,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
             return int(super().get_disk_size(name))
         try:
             status = os.stat(name)
-        except FileNotFoundError:
+        except OSError:
             return int(super().get_disk_size(name))
         file = (status.st_dev, status.st_ino, status.st_size)
         known = _base_sizes.get(name)
@@ -316,7 +360,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
 
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
-        if self._is_ours and self.driver_format == "qcow2" and not self._awaits_conversion():
+        is_qcow2 = self._is_ours and self.driver_format == "qcow2"
+        if is_qcow2 and self._is_certain and not self._awaits_conversion():
             if qcow2_header.virtual_size(self.path) >= size:
                 return
             if self._existed:
@@ -327,6 +372,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
         """Whether it is a raw disk, migrated to where qcow2 is used; Nova converts it after cache()."""
         if self.driver_format != "qcow2":
             return False
+        if _arriving_formats.get(self.path) == "raw":
+            return True
         try:
             qcow2_header.require(self.path)
         except exceptions.FormatMismatch:
@@ -338,9 +385,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             # The last sector is left to Nova, which then also grows the
             # filesystem inside, if it is told to.
             self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
-        except exceptions.NoSpace:
-            raise
         except exceptions.PreallocationError as exc:
+            if isinstance(exc, exceptions.NoSpace) and _stock_would_fail(self.path, size):
+                raise
             terms.warn_once(self.path, f"grown without preallocation: {exc}")
 
     def _can_fallocate(self) -> bool:
@@ -391,3 +438,13 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
 
 class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
     """Nova's Qcow2 backend: an overlay over the cached image."""
+
+    @property
+    def _is_certain(self) -> bool:
+        """Whether Nova has it on record as qcow2.
+
+        It takes all disks for that, but a raw one may have come from another
+        host, or from before use_cow_images was set. One that Nova has converted
+        stays on record as raw.
+        """
+        return bool((_arriving_formats.get(self.path) or self.resolve_driver_format()) == "qcow2")

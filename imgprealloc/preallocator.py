@@ -148,7 +148,12 @@ class Preallocator:
 
     @_told
     def preallocate(
-        self, path: str | os.PathLike[str], rewrite: bool = False, *, format: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        rewrite: bool = False,
+        *,
+        in_place: bool = False,
+        format: str | None = None,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
 
@@ -156,13 +161,15 @@ class Preallocator:
 
         :param rewrite: whether a disk with data may be copied into a
             preallocated one; else the space for its worst case is reserved
+        :param in_place: whether it has to stay the same file, also where
+            nothing is in it; goes before rewrite
         :raises: ImageInUse, NoSpace, NotPreallocated, and what inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
         named = format or self.format
         strategy = self._of(path, named or reading.detected_format(path))
-        blank = strategy._blank(path, certain=named is not None)
+        blank = None if in_place else strategy._blank(path, certain=named is not None)
         if blank is not None:
             offer = terms.offered(path, self.mode, self.on_unsupported)
             return _logged(strategy._recreate(path, blank, offer), offer, "blank", started)
@@ -171,7 +178,8 @@ class Preallocator:
             LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
             return before
         offer = terms.offered(path, self.mode, self.on_unsupported)
-        treatment = strategy._treatment(before, offer, rewrite=rewrite, certain=named is not None)
+        replace = rewrite and not in_place
+        treatment = strategy._treatment(before, offer, rewrite=replace, certain=named is not None)
         if treatment is None:
             LOG.debug("%s: left %s in mode %s", path, before.state, offer.mode)
             return before

@@ -107,6 +107,15 @@ def can_zero_clusters(path: str) -> bool:
     return len(head) == _VERSION_2.size and _VERSION_2.unpack(head)[1] >= 3
 
 
+def begins(path: str) -> bool:
+    """Whether a file begins like qcow2; False for none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def require(path: str) -> None:
     """Refuse a file that does not begin like qcow2.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that hold data before we come: what a guest reads never changes, whatever is done for their space."""
 
+import os
 import shutil
 
 import pytest
@@ -48,6 +49,18 @@ def test_disk_with_data_reads_the_same_afterwards(disk, copy, mode, rewrite):
     Preallocator(mode).preallocate(disk, rewrite, format="qcow2")
 
     assert not images.differences(disk, copy)
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
+def test_disk_that_has_to_stay_in_place_is_the_same_file_afterwards(folder, base, written, rewrite):
+    path = used(folder / "disk", base) if written else images.qcow2(folder / "disk", 32 * MiB, backing=base)
+    before = os.stat(path).st_ino, images.file_digest(path)
+
+    image = Preallocator().preallocate(path, rewrite, in_place=True, format="qcow2")
+
+    assert (image.state, image.shortfall) == ("reserved", 0)
+    assert (os.stat(path).st_ino, images.file_digest(path)) == before
 
 
 def test_reserving_leaves_the_file_byte_for_byte(disk, copy):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
+import errno
 import os
 import subprocess
 from typing import Any
@@ -16,6 +18,7 @@ from oslo_utils import units
 import pytest
 
 import imgprealloc
+from imgprealloc import fallocate
 from nova import exception
 
 _4G = 4 * units.Gi
@@ -259,6 +262,44 @@ def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Any, base: s
     assert os.stat(copy.path).st_ino == inode
 
 
+@pytest.mark.parametrize("size", [units.Gi, 2 * units.Gi], ids=["same_size", "grown"])
+@pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
+def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
+    disks: Any, small_base: str, existing_disks: str, size: int
+) -> None:
+    # Where Nova itself is patched (contrib/), there is no driver of ours to ask.
+    made = disks(imgprealloc__existing_disks=existing_disks)
+    image = made.spawn(small_base, units.Gi, image_type="raw")
+    header = os.path.join(os.path.dirname(image.path), "header")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", header, "64M"], check=True)
+    subprocess.run(["dd", f"if={header}", f"of={image.path}", "conv=notrunc", "status=none"], check=True)
+    inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
+
+    with contextlib.suppress(processutils.ProcessExecutionError):
+        made.cache(made.image_at(image.path, "qcow2"), small_base, size)
+
+    found = os.stat(image.path)
+    assert (found.st_ino, found.st_size) == (inode, length)
+    with open(image.path, "rb") as disk, open(small_base, "rb") as base:
+        disk.seek(32 * units.Mi)
+        base.seek(32 * units.Mi)
+        assert disk.read(units.Mi) == base.read(units.Mi)
+
+
+def test_vmdk_that_nova_copies_is_left_as_it_is(disks: Any, tmp_path: Any, caplog: Any) -> None:
+    vmdk = str(tmp_path / "base.vmdk")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", vmdk, "64M"], check=True)
+    options = {"force_raw_images": False, "use_cow_images": False}
+
+    image = disks(**options).spawn(vmdk, 64 * units.Mi, image_type="raw")
+    stock = disks(preallocated=False, preallocate_images="none", **options).spawn(vmdk, 64 * units.Mi, image_type="raw")
+
+    assert image.driver_format == "vmdk"
+    assert f"{image.path}: not preallocated" in caplog.text
+    with open(image.path, "rb") as ours, open(stock.path, "rb") as theirs:
+        assert ours.read() == theirs.read()
+
+
 def test_broken_disk_does_not_keep_its_instance_from_starting(disks: Any, base: str, caplog: Any) -> None:
     made = disks()
     image = made.spawn(base, _4G)
@@ -295,9 +336,9 @@ def test_no_space_leaves_a_disk_that_was_there_as_it_was(disks: Any, base: str) 
 
 
 @pytest.fixture
-def tight() -> Iterator[str]:
-    """A small filesystem, to be filled."""
-    with loop_filesystem.mounted("ext4", 768 * units.Mi) as mount_point:
+def tight(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A small filesystem, to be filled; ext4 unless a test parametrizes it."""
+    with loop_filesystem.mounted(getattr(request, "param", "ext4"), 768 * units.Mi) as mount_point:
         yield mount_point
 
 
@@ -330,16 +371,42 @@ def test_disk_that_stock_nova_would_not_start_for_want_of_space_is_not_started(t
         made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
 
 
+def test_disk_that_stock_nova_calls_no_fallocate_for_is_started_on_a_full_filesystem(
+    tight: str, small_base: str, caplog: Any
+) -> None:
+    # As Nova does where a flavor has root_gb=0.
+    image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
+    made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
+
+    made.cache(made.image_at(image.path), small_base, None)
+
+    assert "not preallocated" in caplog.text
+
+
+@pytest.mark.parametrize("tight", ["ext2"], indirect=True)
+def test_disk_is_started_on_a_full_filesystem_that_has_no_fallocate(tight: str, small_base: str, caplog: Any) -> None:
+    instances_path = os.path.join(tight, "instances")
+    os.mkdir(instances_path)
+    stock = nova_disks.Disks(instances_path, preallocated=False)
+    image = stock.spawn(small_base, 256 * units.Mi, image_type="raw")
+    loop_filesystem.fill(tight)
+    made = nova_disks.Disks(instances_path, preallocated=True, imgprealloc__on_unsupported="full")
+
+    made.cache(made.image_at(image.path, "raw"), small_base, 256 * units.Mi)
+
+    assert "not preallocated" in caplog.text
+
+
 def test_disk_is_started_where_what_it_lacks_cannot_be_had_nor_told(
     tight: str, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
     made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
 
-    def unreadable(self: Any, path: str, **_: Any) -> Any:
-        raise imgprealloc.exceptions.BrokenImage(path, "it cannot be read", "Look at it.")
+    def unreadable(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(imgprealloc.Preallocator, "inspect", unreadable)
+    monkeypatch.setattr(fallocate, "gaps", unreadable)
     made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
 
     assert "not preallocated" in caplog.text

@@ -127,6 +127,24 @@ def test_disk_of_a_running_guest_is_never_replaced(host: Callable[..., Host], ex
     assert os.stat(node.disk(instance)).st_ino == before
 
 
+@pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
+def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
+    host: Callable[..., Host], existing_disks: str
+) -> None:
+    stock = host(preallocated=False, preallocate_images="none", libvirt__images_type="qcow2")
+    instance = stock.spawn(stock.instance())
+    # The others hold nothing.
+    compute_host.write(stock.disk(instance), "qcow2")
+    node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
+    node.take_over(stock)
+    before = {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
+
+    node.arrived(instance)
+
+    assert node.states(instance) == all_disks("reserved")
+    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+
+
 @KINDS
 def test_migration_that_is_over_is_not_failed_by_a_disk(
     host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any

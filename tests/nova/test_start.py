@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import os
 import subprocess
 from typing import Any
@@ -13,11 +15,27 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+import loop_filesystem
+from oslo_utils import units
 import pytest
 
 import imgprealloc
+from imgprealloc import filesystem
 
 LOST = {"qcow2": "mapped", "raw": "thin"}
+
+
+@contextlib.contextmanager
+def _full(directory: str) -> Iterator[None]:
+    """Take all space of the filesystem that a folder is on."""
+    filler = os.path.join(directory, "filler")
+    with open(filler, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, filesystem.available(directory) - 128 * units.Mi)
+    try:
+        loop_filesystem.fill(directory)
+        yield
+    finally:
+        os.unlink(filler)
 
 
 def _inodes(node: Host, instance: compute_host.Instance) -> dict[str, int]:
@@ -51,6 +69,38 @@ def test_start_leaves_preallocated_disks_alone(host: Callable[..., Host], kind: 
 
     assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
     assert node.changed(instance, kept) == []
+
+
+@KINDS
+def test_disk_that_nothing_was_written_to_is_not_replaced_at_a_start_either(
+    host: Callable[..., Host], kind: str
+) -> None:
+    stock = host(preallocated=False, preallocate_images="none", libvirt__images_type=kind)
+    instance = stock.spawn(stock.instance())
+    before = _inodes(stock, instance)
+    node = host(libvirt__images_type=kind)
+    node.take_over(stock)
+
+    node.start(instance)
+
+    assert node.states(instance) == all_disks({"qcow2": "reserved", "raw": "preallocated"}[kind])
+    assert _inodes(node, instance) == before
+
+
+def test_disk_without_a_backing_file_is_started_on_a_full_host_as_by_stock_nova(
+    host: Callable[..., Host], caplog: Any
+) -> None:
+    # Nova starts such disks without its image backends, and without fallocate.
+    node = host(libvirt__images_type="raw")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    with _full(node.path):
+        node.start(instance)
+
+    assert node.states(instance)["disk"] == "thin"
+    assert f"{node.disk(instance)}: not preallocated" in caplog.text
 
 
 @pytest.mark.parametrize(("existing_disks", "state"), [("reserve", "reserved"), ("rewrite", "preallocated")])

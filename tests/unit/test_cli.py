@@ -227,6 +227,16 @@ def test_a_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
     assert all(call.after("-f") == "raw" for call in host.run("info", "resize"))
 
 
+def test_a_raw_disk_that_begins_like_qcow2_is_told_of(host: Host, run: Run) -> None:
+    disk = host.qcow2(mapped=0.5)
+    note_format(host, {disk: "raw"})
+
+    shown = run("show", disk)
+
+    assert disk in shown.err
+    assert "--disk-format qcow2" in shown.err
+
+
 def test_the_operator_s_word_weighs_more_than_nova_s(host: Host, run: Run) -> None:
     disk = host.qcow2(mapped=0.5)
     note_format(host, {disk: "raw"})
