@@ -188,9 +188,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 alone[path] = (info, os.path.exists(path))
         super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
         for path, (info, existed) in alone.items():
-            # Nova calls no fallocate for one that is there.
-            stock_length = None if existed else int(info["virt_disk_size"])
-            _heal(path, info["type"], instance, made=not existed, stock_length=stock_length)
+            # Stock Nova calls no fallocate for one that is there.
+            _heal(path, info["type"], instance, made=not existed)
 
     def post_live_migration_at_destination(
         self,
@@ -212,10 +211,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
             return
         for info in disk_info:
             if _is_instance_disk(info["path"]):
-                try:
-                    _heal(info["path"], info["type"], instance, running=True)
-                except exceptions.NoSpace as exc:
-                    LOG.warning("Holes in a disk are left until the next start: %s", exc, instance=instance)
+                _heal(info["path"], info["type"], instance, running=True)
 
 
 def _is_instance_disk(path: str) -> bool:
@@ -257,7 +253,8 @@ def _heal(
     :param made: whether Nova has only just made it, for this
     :param certain: whether it is of this format for sure
     :param stock_length: bytes that stock Nova would have called fallocate for
-    :raises: NoSpace, where that fallocate would have failed, too
+    :raises: NoSpace for a disk just made, and where that fallocate would have
+        failed, too
     """
     rewrite = CONF.imgprealloc.existing_disks == "rewrite" and certain and not running
     strategy = _preallocator(instance, running=running)
@@ -270,7 +267,7 @@ def _heal(
         with compute_utils.disk_ops_semaphore:
             strategy.preallocate(path, rewrite=rewrite, in_place=not (rewrite or made), format=format)
     except exceptions.NoSpace as exc:
-        if _stock_would_fail(path, stock_length):
+        if made or _stock_would_fail(path, stock_length):
             raise
         terms.warn_once(path, f"not preallocated: {exc}")
     except exceptions.PreallocationError as exc:
