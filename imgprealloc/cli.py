@@ -11,8 +11,6 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Iterable
 from importlib import metadata
-import json
-import os
 import re
 import sys
 from typing import Any
@@ -24,6 +22,7 @@ from cliff.columns import FormattableColumn
 from oslo_utils import units
 
 from imgprealloc import check_nova
+from imgprealloc import disk_info
 from imgprealloc import exceptions
 from imgprealloc import preallocator
 from imgprealloc import qcow2_header
@@ -291,29 +290,15 @@ def _cell(image: DiskImage, column: str) -> Any:
 
 
 def _in_disk_info(path: str) -> str | None:
-    """Return the format that Nova has noted for one of its disks.
-
-    Nova writes disk.info before the guest's first instruction; the disk's own
-    header may be the guest's (CVE-2024-40767).
-    """
-    path = os.path.abspath(path)
-    disk_info = os.path.join(os.path.dirname(path), "disk.info")
-    # A FIFO would be waited for, for ever.
-    if not os.path.isfile(disk_info):
-        return None
-    try:
-        with open(disk_info) as file:
-            noted = json.load(file).get(path)
-    except (OSError, ValueError, AttributeError):
-        return None
+    """Return the format that Nova has noted for one of its disks, if we know that one."""
+    noted = disk_info.format_of(path)
     if noted == "raw" and qcow2_header.begins(path):
-        # Nova notes nothing when a resize converts a raw disk to qcow2.
         terms.warn_once(
             path,
             "taken for raw, as in disk.info, but it begins like qcow2: written by its guest, or by Nova, "
             "if that has converted the disk; the instance's XML tells. Then say --disk-format qcow2",
         )
-    return noted if noted in tuple(preallocator.FORMATS) else None
+    return noted if noted in preallocator.FORMATS else None
 
 
 class Imgprealloc(app.App):

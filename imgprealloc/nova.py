@@ -23,6 +23,7 @@ from oslo_log import log as logging
 from oslo_utils import fileutils
 from oslo_utils import strutils
 
+from imgprealloc import disk_info as nova_disk_info
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
@@ -63,7 +64,6 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
             ("get_disk_size", ("self", "name")),
             ("libvirt_info", ("self", "cache_mode", "extra_specs")),
             ("resize_image", ("self", "size")),
-            ("resolve_driver_format", ("self",)),
             ("_can_fallocate", ("self",)),
         )
     ),
@@ -189,7 +189,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
         for path, (info, existed) in alone.items():
             # Stock Nova calls no fallocate for one that is there.
-            _heal(path, info["type"], instance, made=not existed)
+            certain = not existed or _is_on_record(path, info["type"])
+            _heal(path, info["type"], instance, made=not existed, certain=certain)
 
     def post_live_migration_at_destination(
         self,
@@ -214,6 +215,16 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 _heal(info["path"], info["type"], instance, running=True)
 
 
+def _is_on_record(path: str, format: str) -> bool:
+    """Whether nothing that Nova has noted says that a disk may be of another format.
+
+    Nova takes all disks of its Qcow2 backend for qcow2, but a raw one may have
+    come from another host, or from before use_cow_images was set. One that
+    Nova has converted stays on record as raw.
+    """
+    return {_arriving_formats.get(path, format), nova_disk_info.format_of(path) or format} == {format}
+
+
 def _is_instance_disk(path: str) -> bool:
     return bool(_INSTANCE_DISK.fullmatch(os.path.basename(path)))
 
@@ -230,11 +241,14 @@ def _preallocator(instance: Any, *, running: bool = False) -> Preallocator:
         )
         mode = None
     strategy = opts.preallocator_from(CONF, mode)
-    if running and strategy.mode == "full":
-        # Zeros cannot be written where a guest may write, but space can be
-        # set aside.
-        return opts.preallocator_from(CONF, "falloc")
-    return strategy
+    if not running:
+        return strategy
+    # Zeros cannot be written where a guest may write, but space can be set aside.
+    return Preallocator(
+        "falloc" if strategy.mode == "full" else strategy.mode,
+        on_unsupported="metadata" if strategy.on_unsupported == "full" else strategy.on_unsupported,
+        overlay_cluster_size=strategy.overlay_cluster_size,
+    )
 
 
 def _heal(
@@ -256,7 +270,10 @@ def _heal(
     :raises: NoSpace for a disk just made, and where that fallocate would have
         failed, too
     """
-    rewrite = CONF.imgprealloc.existing_disks == "rewrite" and certain and not running
+    rewrite = CONF.imgprealloc.existing_disks == "rewrite" and not running
+    if rewrite and not certain:
+        terms.warn_once(path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)")
+        rewrite = False
     strategy = _preallocator(instance, running=running)
     try:
         if not os.access(path, os.W_OK):
@@ -278,11 +295,14 @@ def _heal(
 
 def _stock_would_fail(path: str, length: int | None) -> bool:
     """Whether stock Nova's fallocate of length would have lacked space, too; not if it cannot be told."""
-    if not length:
-        return False
+    directory = os.path.dirname(path)
     try:
         # Nova, too, does without fallocate where there is none.
-        return filesystem.under(os.path.dirname(path)).fallocate and bool(fallocate.gaps(path, 0, length))
+        if not length or not filesystem.under(directory).fallocate:
+            return False
+        found = fallocate.extents(path)
+        held = os.stat(path).st_blocks * 512 if found is None else fallocate.held(found, length)
+        return length - held > filesystem.available(directory)
     except Exception:
         LOG.exception("%s: started without preallocation", path)
         return False
@@ -330,12 +350,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
             with compute_utils.disk_ops_semaphore, fileutils.remove_path_on_error(self.path):
                 self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
         elif not self._awaits_conversion():
-            _heal(self.path, self.driver_format, self._instance, certain=self._is_certain, stock_length=size)
-
-    @property
-    def _is_certain(self) -> bool:
-        """Whether a disk that is there has the backend's format for sure."""
-        return True
+            certain = _is_on_record(self.path, self.driver_format)
+            _heal(self.path, self.driver_format, self._instance, certain=certain, stock_length=size)
 
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
@@ -358,7 +374,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
         is_qcow2 = self._is_ours and self.driver_format == "qcow2"
-        if is_qcow2 and self._is_certain and not self._awaits_conversion():
+        if is_qcow2 and _is_on_record(self.path, "qcow2") and not self._awaits_conversion():
             if qcow2_header.virtual_size(self.path) >= size:
                 return
             if self._existed:
@@ -375,6 +391,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             qcow2_header.require(self.path)
         except exceptions.FormatMismatch:
             return True
+        except OSError:
+            # Whoever looks after the disk next will tell.
+            return False
         return False
 
     def _grow(self, size: int) -> None:
@@ -435,13 +454,3 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
 
 class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
     """Nova's Qcow2 backend: an overlay over the cached image."""
-
-    @property
-    def _is_certain(self) -> bool:
-        """Whether Nova has it on record as qcow2.
-
-        It takes all disks for that, but a raw one may have come from another
-        host, or from before use_cow_images was set. One that Nova has converted
-        stays on record as raw.
-        """
-        return bool((_arriving_formats.get(self.path) or self.resolve_driver_format()) == "qcow2")

@@ -347,6 +347,16 @@ def write(path: str, format: str, offset: str = "70M") -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
+def write_qcow2_to(path: str, *, with_data: bool) -> None:
+    """Write a qcow2 file to a raw disk, from its first byte on, as a guest may do."""
+    source = f"{path}.source"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, "64M"], check=True)
+    if with_data:
+        write(source, "qcow2", "1M")
+    subprocess.run(["dd", f"if={source}", f"of={path}", "conv=notrunc", "status=none"], check=True)
+    os.unlink(source)
+
+
 def same(path: str, format: str, other: str, other_format: str = "raw") -> bool:
     """Whether a guest reads the same from two disks."""
     compare = ["qemu-img", "compare", "-q", "-f", format, "-F", other_format, path, other]

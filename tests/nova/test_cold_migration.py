@@ -11,7 +11,6 @@ from collections.abc import Callable
 import os
 import pathlib
 import shutil
-import subprocess
 from typing import Any
 from unittest import mock
 
@@ -190,16 +189,6 @@ def test_flavor_chooses_the_mode_of_converted_disks(host: Callable[..., Host], n
     assert node.changed(instance, kept) == []
 
 
-def _write_qcow2_to(path: str, *, with_data: bool) -> None:
-    """Write a qcow2 file to a raw disk, from its first byte on, as a guest may do."""
-    source = f"{path}.source"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, "64M"], check=True)
-    if with_data:
-        compute_host.write(source, "qcow2", "1M")
-    subprocess.run(["dd", f"if={source}", f"of={path}", "conv=notrunc", "status=none"], check=True)
-    os.unlink(source)
-
-
 @CLONES
 @pytest.mark.parametrize("with_data", [False, True], ids=["blank", "with_data"])
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
@@ -212,7 +201,7 @@ def test_raw_disk_that_its_guest_wrote_a_qcow2_file_to_is_not_taken_for_qcow2(
     kept = node.keep(instance)
     del kept["disk.swap"]
     for path in (node.disk(instance, "disk.eph0"), kept["disk.eph0"]):
-        _write_qcow2_to(path, with_data=with_data)
+        compute_host.write_qcow2_to(path, with_data=with_data)
     disk_info = _migrate(node, instance, "cp", neighbour, compute_host.flavor())
     nova_disks.CONF.set_override("images_type", "qcow2", group="libvirt")
     nova_disks.CONF.set_override("use_cow_images", True)

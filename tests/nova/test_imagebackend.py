@@ -19,6 +19,8 @@ import pytest
 
 import imgprealloc
 from imgprealloc import fallocate
+from imgprealloc import qcow2_header
+import imgprealloc.nova
 from nova import exception
 
 _4G = 4 * units.Gi
@@ -262,17 +264,26 @@ def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Any, base: s
     assert os.stat(copy.path).st_ino == inode
 
 
+@pytest.mark.parametrize("arriving_as", [None, "qcow2"])
 @pytest.mark.parametrize("size", [units.Gi, 2 * units.Gi], ids=["same_size", "grown"])
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
 def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
-    disks: Any, small_base: str, existing_disks: str, size: int
+    disks: Any,
+    small_base: str,
+    existing_disks: str,
+    size: int,
+    arriving_as: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Where Nova itself is patched (contrib/), there is no driver of ours to ask.
+    # Where Nova itself is patched (contrib/), there is no driver of ours to ask;
+    # where a host has been switched to qcow2, its guests' XML says qcow2.
     made = disks(imgprealloc__existing_disks=existing_disks)
     image = made.spawn(small_base, units.Gi, image_type="raw")
     header = os.path.join(os.path.dirname(image.path), "header")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", header, "64M"], check=True)
     subprocess.run(["dd", f"if={header}", f"of={image.path}", "conv=notrunc", "status=none"], check=True)
+    if arriving_as is not None:
+        monkeypatch.setitem(imgprealloc.nova._arriving_formats, image.path, arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
 
     with contextlib.suppress(processutils.ProcessExecutionError):
@@ -371,6 +382,35 @@ def test_disk_that_stock_nova_would_not_start_for_want_of_space_is_not_started(t
         made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
 
 
+@pytest.mark.parametrize("tight", ["tmpfs"], indirect=True)
+def test_disk_that_stock_nova_has_set_aside_is_started_where_the_filesystem_cannot_tell(
+    tight: str, small_base: str, caplog: Any
+) -> None:
+    # tmpfs has no extent map, and no more has NFS.
+    image = _stock_disk_on_a_full_filesystem(tight, small_base)
+    made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
+
+    made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
+
+    assert "not preallocated" in caplog.text
+
+
+def test_disk_that_may_not_be_read_is_left_to_nova(
+    disks: Any, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    made = disks()
+    image = made.spawn(small_base, units.Gi)
+
+    def forbidden(path: str) -> None:
+        # Root may read everything here.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(qcow2_header, "require", forbidden)
+    made.cache(image, small_base, units.Gi)
+
+    assert f"{image.path}: not preallocated" in caplog.text
+
+
 def test_disk_that_stock_nova_calls_no_fallocate_for_is_started_on_a_full_filesystem(
     tight: str, small_base: str, caplog: Any
 ) -> None:
@@ -387,7 +427,8 @@ def test_disk_that_stock_nova_calls_no_fallocate_for_is_started_on_a_full_filesy
 def test_disk_is_started_on_a_full_filesystem_that_has_no_fallocate(tight: str, small_base: str, caplog: Any) -> None:
     instances_path = os.path.join(tight, "instances")
     os.mkdir(instances_path)
-    stock = nova_disks.Disks(instances_path, preallocated=False)
+    # Nova finds out about fallocate but once, and that was on another filesystem.
+    stock = nova_disks.Disks(instances_path, preallocated=False, preallocate_images="none")
     image = stock.spawn(small_base, 256 * units.Mi, image_type="raw")
     loop_filesystem.fill(tight)
     made = nova_disks.Disks(instances_path, preallocated=True, imgprealloc__on_unsupported="full")
@@ -406,7 +447,7 @@ def test_disk_is_started_where_what_it_lacks_cannot_be_had_nor_told(
     def unreadable(*_: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(fallocate, "gaps", unreadable)
+    monkeypatch.setattr(fallocate, "held", unreadable)
     made.cache(made.image_at(image.path), small_base, 256 * units.Mi)
 
     assert "not preallocated" in caplog.text

@@ -17,6 +17,7 @@ from oslo_concurrency import processutils
 import pytest
 
 import imgprealloc
+import imgprealloc.nova
 
 
 def _source(host: Callable[..., Host], **options: Any) -> tuple[compute_host.Instance, str]:
@@ -143,6 +144,14 @@ def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
 
     assert node.states(instance) == all_disks("reserved")
     assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+
+
+def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]) -> None:
+    node = host(imgprealloc__mode="full", imgprealloc__on_unsupported="full")
+
+    strategy = imgprealloc.nova._preallocator(node.instance(), running=True)
+
+    assert (strategy.mode, strategy.on_unsupported) == ("falloc", "metadata")
 
 
 @KINDS

@@ -16,6 +16,7 @@ from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
 import loop_filesystem
+import nova_disks
 from oslo_utils import units
 import pytest
 
@@ -85,6 +86,26 @@ def test_disk_that_nothing_was_written_to_is_not_replaced_at_a_start_either(
 
     assert node.states(instance) == all_disks({"qcow2": "reserved", "raw": "preallocated"}[kind])
     assert _inodes(node, instance) == before
+
+
+@pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
+def test_raw_disk_of_a_host_that_is_switched_to_qcow2_is_not_rewritten(
+    host: Callable[..., Host], existing_disks: str
+) -> None:
+    node = host(libvirt__images_type="raw", imgprealloc__existing_disks=existing_disks)
+    instance = node.spawn(node.instance())
+    kept = node.keep(instance)
+    path = node.disk(instance, "disk.eph0")
+    for disk in (path, kept["disk.eph0"]):
+        compute_host.write_qcow2_to(disk, with_data=True)
+    nova_disks.CONF.set_override("images_type", "qcow2", group="libvirt")
+    nova_disks.CONF.set_override("use_cow_images", True)
+
+    # A guest on a raw root disk would not find it, by stock Nova either.
+    with contextlib.suppress(Exception):
+        node.start(instance)
+
+    assert compute_host.same(path, "raw", kept["disk.eph0"])
 
 
 def test_disk_without_a_backing_file_is_started_on_a_full_host_as_by_stock_nova(
