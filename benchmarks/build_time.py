@@ -2,9 +2,10 @@
 """How long does Nova take to make an instance disk, stock and with imgprealloc?
 
 One call of Nova's cache() for a new disk, in a process that has built one from
-the same base image before: a 40 GiB overlay, and a 4 GiB raw copy. Both kinds of Nova take turns on the same
-filesystem, so that what the machine does meanwhile strikes both; what counts
-is the ratio within such a pair. Needs root, and some 2 GiB under TMPDIR.
+the same base image before: a 40 GiB overlay, and a 4 GiB raw copy. Both kinds
+of Nova take turns on the same filesystem, so that what the machine does
+meanwhile strikes both; what counts is the ratio within such a pair. Needs root,
+and some 2 GiB under TMPDIR.
 """
 
 from __future__ import annotations

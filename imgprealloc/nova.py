@@ -174,7 +174,6 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
-            _arriving_formats[path] = "qcow2"
             _heal(path, "qcow2", self._arriving.get(os.path.basename(os.path.dirname(path))))
 
     def _create_images_and_backing(
@@ -343,15 +342,16 @@ class _Preallocating(_Image):  # type: ignore[misc]
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
-        if not self._existed and self.driver_format not in FORMATS:
+        if self._existed:
+            if not self._awaits_conversion():
+                certain = _is_on_record(self.path, self.driver_format)
+                _heal(self.path, self.driver_format, self._instance, certain=certain, stock_length=size)
+        elif self.driver_format not in FORMATS:
             # A copy of an image that Nova was told to leave as it is.
             terms.warn_once(self.path, f"not preallocated: its format is {self.driver_format}")
-        elif not self._existed:
+        else:
             with compute_utils.disk_ops_semaphore, fileutils.remove_path_on_error(self.path):
                 self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
-        elif not self._awaits_conversion():
-            certain = _is_on_record(self.path, self.driver_format)
-            _heal(self.path, self.driver_format, self._instance, certain=certain, stock_length=size)
 
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
@@ -393,7 +393,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
             return True
         except OSError:
             # Whoever looks after the disk next will tell.
-            return False
+            pass
         return False
 
     def _grow(self, size: int) -> None:

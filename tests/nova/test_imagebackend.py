@@ -10,6 +10,7 @@ import os
 import subprocess
 from typing import Any
 
+import compute_host
 import loop_filesystem
 from nova.virt.libvirt import driver
 import nova_disks
@@ -279,9 +280,7 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
     # where a host has been switched to qcow2, its guests' XML says qcow2.
     made = disks(imgprealloc__existing_disks=existing_disks)
     image = made.spawn(small_base, units.Gi, image_type="raw")
-    header = os.path.join(os.path.dirname(image.path), "header")
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", header, "64M"], check=True)
-    subprocess.run(["dd", f"if={header}", f"of={image.path}", "conv=notrunc", "status=none"], check=True)
+    compute_host.write_qcow2_to(image.path, with_data=False)
     if arriving_as is not None:
         monkeypatch.setitem(imgprealloc.nova._arriving_formats, image.path, arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size

@@ -30,9 +30,10 @@ LOST = {"qcow2": "mapped", "raw": "thin"}
 def _full(directory: str) -> Iterator[None]:
     """Take all space of the filesystem that a folder is on."""
     filler = os.path.join(directory, "filler")
-    with open(filler, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, filesystem.available(directory) - 128 * units.Mi)
     try:
+        with open(filler, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, filesystem.available(directory) - 128 * units.Mi)
+        # Goes on where that has ended.
         loop_filesystem.fill(directory)
         yield
     finally:
