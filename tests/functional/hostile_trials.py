@@ -194,14 +194,13 @@ class Trial:
         else:
             found = was() if self.entry.truth == "qcow2" and self.certain else None
             # Damage that QEMU has no sign of is nobody's fault but its maker's.
-            damaged = found is not None and self.entry.damaged and bool(found.faults or found.leaks)
-            if found is None or found.faults and damaged or (damaged and not self.grows):
+            broken = found is not None and self.entry.damaged and bool(found.faults or found.leaks)
+            if found is None or (broken and (found.faults or not self.grows)):
                 yield from self._bytes(before, after, same_file=same_file)
                 return
-            if damaged:
-                # Growth changes the header's tables; what has leaked has to stay.
-                start = hostile_disks.L2
-                yield from self._bytes(before, after, same_file=same_file, start=start)
+            if broken:
+                # Growth changes the header and its tables; what has leaked has to stay.
+                yield from self._bytes(before, after, same_file=same_file, start=hostile_disks.L2)
             yield from self._guest(found, guest(folder, after))
 
     def _neighbours(self, before: Look, after: Look) -> Iterator[Fault]:
