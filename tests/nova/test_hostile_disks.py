@@ -23,11 +23,16 @@ from oslo_utils import units
 import pytest
 
 # An instance's disk is called disk, and is one.
-ENTRIES = tuple(
+_STARTABLE = tuple(
     entry
     for entry in hostile_disks.entries()
-    if entry.truth and entry.kind != "name" and (entry.kind != "link" or "second name" in entry.name)
+    if entry.truth and entry.kind not in ("name", "flood") and (entry.kind != "link" or "second name" in entry.name)
 )
+
+# A start takes a second: all that is about Nova's records, and some of each other kind.
+_EVERY = {"record": 1, "link": 1, "raw": 3, "neighbour": 5, "sound": 5, "backing": 5, "feature": 7, "damage": 9}
+
+ENTRIES = tuple(entry for index, entry in enumerate(_STARTABLE) if not index % _EVERY[entry.kind])
 
 each_disk = pytest.mark.parametrize("entry", ENTRIES, ids=[entry.name for entry in ENTRIES])
 
@@ -71,10 +76,10 @@ def test_no_disk_is_lost_by_a_start(by_nova: Outcome) -> None:
 
 def _ways(entry: Entry) -> Iterator[Way]:
     for existing_disks in ("reserve", "rewrite"):
-        # Of qcow2 Nova's Flat knows by its record; and Qcow2 may find a raw disk
-        # where a host was switched.
+        # Where a host was switched, Qcow2 finds raw disks, and Flat, by its
+        # record, qcow2 ones.
         yield Way("qcow2", existing_disks)
-        if entry.truth == "raw" or entry.record is None:
+        if entry.truth == "raw" or entry.kind == "sound":
             yield Way("raw", existing_disks)
 
 
@@ -86,10 +91,7 @@ def _start_in_all_ways(entry: Entry, folder: pathlib.Path) -> list[Fault]:
     for way in _ways(entry):
         uuid = nova_disks.new_uuid()
         bench = Bench(dataclasses.replace(entry, build=_recorded(entry, way)), instances / uuid)
-        try:
-            faults += _start(bench, way, instances, uuid)
-        except hostile_trials.Hung:
-            return [*faults, Fault(str(way), "it hangs")]
+        faults += _start(bench, way, instances, uuid)
     return faults
 
 
@@ -138,8 +140,11 @@ def _error(way: Way, instances: pathlib.Path, uuid: str, *, preallocated: bool) 
     try:
         with hostile_trials.alarm():
             image = disks.image(instance, "disk", way.images_type)
+            # As Nova does: it describes the guest first.
             image.libvirt_info("none", {})
             disks.cache(image, str(instances / "_base" / "base"), 2 * units.Mi)
+    except hostile_trials.Hung:
+        return TimeoutError("it hangs")
     except Exception as exc:
         return exc
     return None
