@@ -25,7 +25,7 @@ KiB, MiB = 1 << 10, 1 << 20
 
 # What the disks have, and what they are to grow to: no whole cluster of any size.
 SIZE = 4 * MiB
-GROWN = 12 * MiB + 512
+GROWN = 20 * MiB + 512
 
 # Where qcow2's header has its fields, and how long each is; docs/interop/qcow2.txt.
 FIELDS = {
@@ -409,7 +409,7 @@ PROTOCOLS = (
     "rbd:pool/base",
     "ssh://127.0.0.1:1/base",
     "iscsi://127.0.0.1:1/target/0",
-    "fat:/etc",
+    "fat:/nonexistent",
     "blkdebug::disk",
     "null-co://",
     "nosuch:base",
@@ -463,7 +463,7 @@ def _backing_disks() -> Iterator[Entry]:
 
     for name in PROTOCOLS:
         yield entry(name, later(blank, backing=name))
-    for name in ("nbd:unix:/nonexistent", "fat:/etc", "null-co://"):
+    for name in ("nbd:unix:/nonexistent", "fat:/nonexistent", "null-co://"):
         yield entry(f"{name}, with data", later(qcow2, backing=name))
     for name, (backing, make) in PLACES.items():
         format = "qcow2" if backing in ("disk", "other") else "raw"

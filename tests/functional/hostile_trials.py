@@ -200,8 +200,8 @@ class Trial:
                 yield from self._bytes(before, after, same_file=same_file)
                 return
             if broken:
-                # Growth changes the header and its tables; what has leaked has to stay.
-                yield from self._bytes(before, after, same_file=same_file, start=hostile_disks.L2)
+                # Growth changes the header and the tables; the data that has leaked has to stay.
+                yield from self._bytes(before, after, same_file=same_file, start=hostile_disks.DATA)
             yield from self._guest(found, guest(folder, after))
 
     def _neighbours(self, before: Look, after: Look) -> Iterator[Fault]:
