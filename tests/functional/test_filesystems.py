@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each filesystem can promise, and what becomes of a disk where it can promise nothing."""
 
+from __future__ import annotations
+
 import array
+from collections.abc import Callable
 import fcntl
 import os
+import pathlib
 
+import images
 import pytest
 
-from functional import images
+from functional.modes import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -16,10 +21,12 @@ KiB, MiB = 1 << 10, 1 << 20
 FS_IOC_GETFLAGS = 0x80086601
 NOCOW = 0x00800000
 
+Operation = Callable[[Preallocator, pathlib.Path], object]
+
 HOLD_SPACE = ["ext4", "xfs", "btrfs", "tmpfs"]
 
 
-def nocow(path):
+def nocow(path: pathlib.Path) -> bool:
     """Whether btrfs writes to this file in place."""
     flags = array.array("l", [0])
     with open(path, "rb") as file:
@@ -33,7 +40,7 @@ def nocow(path):
 @pytest.mark.parametrize("kind", HOLD_SPACE)
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_new_disk_is_preallocated(folder, format, mode):
+def test_new_disk_is_preallocated(folder: pathlib.Path, format: str, mode: Mode) -> None:
     image = Preallocator(mode).create(folder / "disk", 32 * MiB, format=format)
 
     assert (image.state, image.shortfall, images.allocated(folder / "disk") >= image.file_size) == (
@@ -45,7 +52,7 @@ def test_new_disk_is_preallocated(folder, format, mode):
 
 @pytest.mark.parametrize("kind", HOLD_SPACE)
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_overlay_is_clean_and_reads_its_base(folder, base, mode):
+def test_overlay_is_clean_and_reads_its_base(folder: pathlib.Path, base: pathlib.Path, mode: Mode) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
 
     Preallocator(mode).preallocate(disk, format="qcow2")
@@ -54,7 +61,7 @@ def test_overlay_is_clean_and_reads_its_base(folder, base, mode):
 
 
 @pytest.mark.parametrize("kind", HOLD_SPACE)
-def test_second_call_writes_nothing(folder, base):
+def test_second_call_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
 
@@ -65,7 +72,7 @@ def test_second_call_writes_nothing(folder, base):
 
 @pytest.mark.parametrize("kind", HOLD_SPACE)
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_grown_disk_is_preallocated(folder, format):
+def test_grown_disk_is_preallocated(folder: pathlib.Path, format: str) -> None:
     Preallocator().create(folder / "disk", 16 * MiB, format=format)
 
     image = Preallocator().resize(folder / "disk", 32 * MiB, format=format)
@@ -74,7 +81,7 @@ def test_grown_disk_is_preallocated(folder, format):
 
 
 @pytest.mark.parametrize("kind", HOLD_SPACE)
-def test_disk_with_data_is_rewritten(folder, base):
+def test_disk_with_data_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     for either in (disk, plain):
         images.qemu_io(either, "write -P 0x5a 3M 1M")
@@ -85,7 +92,7 @@ def test_disk_with_data_is_rewritten(folder, base):
 
 
 @pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
-def test_disk_with_data_is_reserved(folder, base):
+def test_disk_with_data_is_reserved(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
 
@@ -95,7 +102,7 @@ def test_disk_with_data_is_reserved(folder, base):
 
 
 @pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
-def test_holes_of_a_raw_disk_are_filled(folder):
+def test_holes_of_a_raw_disk_are_filled(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
 
     image = Preallocator().preallocate(disk, format="raw")
@@ -112,14 +119,14 @@ btrfs = pytest.mark.parametrize("kind", ["btrfs"])
 @btrfs
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_new_disk_on_btrfs_is_not_copied_on_write(folder, format, mode):
+def test_new_disk_on_btrfs_is_not_copied_on_write(folder: pathlib.Path, format: str, mode: Mode) -> None:
     Preallocator(mode).create(folder / "disk", 16 * MiB, format=format)
 
     assert nocow(folder / "disk")
 
 
 @btrfs
-def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder, base):
+def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
 
     Preallocator().preallocate(disk, format="qcow2")
@@ -129,7 +136,7 @@ def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder, base):
 
 @btrfs
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder, format):
+def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder: pathlib.Path, format: str) -> None:
     options = ["-o", "preallocation=full"]
     images.run("qemu-img", "create", "-q", "-f", format, *options, folder / "disk", 16 * MiB)
 
@@ -140,7 +147,7 @@ def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder, forma
 
 @btrfs
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_cannot_be_reserved(folder, format):
+def test_disk_that_is_copied_on_write_cannot_be_reserved(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
 
@@ -151,7 +158,7 @@ def test_disk_that_is_copied_on_write_cannot_be_reserved(folder, format):
 @btrfs
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_is_rewritten(folder, format, mode):
+def test_disk_that_is_copied_on_write_is_rewritten(folder: pathlib.Path, format: str, mode: Mode) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
     before = images.digest(folder / "disk", format)
@@ -167,7 +174,7 @@ def test_disk_that_is_copied_on_write_is_rewritten(folder, format, mode):
 
 @btrfs
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_mode_metadata_leaves_a_disk_with_data_alone(folder, format):
+def test_mode_metadata_leaves_a_disk_with_data_alone(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
     before = images.identity(folder / "disk")
@@ -178,7 +185,7 @@ def test_mode_metadata_leaves_a_disk_with_data_alone(folder, format):
 
 
 @btrfs
-def test_reflinked_disk_on_btrfs_is_not_preallocated(folder):
+def test_reflinked_disk_on_btrfs_is_not_preallocated(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     # A reflink wants both to be nocow, or neither.
     images.run("chattr", "+C", folder)
@@ -188,7 +195,7 @@ def test_reflinked_disk_on_btrfs_is_not_preallocated(folder):
 
 
 @btrfs
-def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder):
+def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     images.run("chattr", "+C", folder)
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
@@ -209,14 +216,14 @@ ext2 = pytest.mark.parametrize("kind", ["ext2"])
 
 
 @ext2
-def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder, base):
+def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall > 0) == ("mapped", True)
 
 
 @ext2
-def test_fallback_to_metadata_does_not_write_the_disk(folder, base):
+def test_fallback_to_metadata_does_not_write_the_disk(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 256 * MiB, str(base), backing_format="raw")
 
     assert images.allocated(folder / "disk") < 2 * MiB
@@ -224,7 +231,7 @@ def test_fallback_to_metadata_does_not_write_the_disk(folder, base):
 
 @ext2
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_fallback_to_full_gives_a_new_disk_all_its_space(folder, format):
+def test_fallback_to_full_gives_a_new_disk_all_its_space(folder: pathlib.Path, format: str) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 16 * MiB, format=format)
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
@@ -232,7 +239,7 @@ def test_fallback_to_full_gives_a_new_disk_all_its_space(folder, format):
 
 @ext2
 @pytest.mark.parametrize("on_unsupported", ["metadata", "full"])
-def test_fallback_lets_the_base_show_through(folder, base, on_unsupported):
+def test_fallback_lets_the_base_show_through(folder: pathlib.Path, base: pathlib.Path, on_unsupported: str) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
 
     Preallocator(on_unsupported=on_unsupported).preallocate(disk, format="qcow2")
@@ -241,14 +248,14 @@ def test_fallback_lets_the_base_show_through(folder, base, on_unsupported):
 
 
 @ext2
-def test_fallback_to_full_gives_an_overlay_all_its_space(folder, base):
+def test_fallback_to_full_gives_an_overlay_all_its_space(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
 @ext2
-def test_mode_full_needs_no_fallback(folder, base):
+def test_mode_full_needs_no_fallback(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator("full", on_unsupported="error").create(
         folder / "disk", 32 * MiB, str(base), backing_format="raw"
     )
@@ -257,7 +264,7 @@ def test_mode_full_needs_no_fallback(folder, base):
 
 
 @ext2
-def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder):
+def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder: pathlib.Path) -> None:
     disk = images.random_file(folder / "disk", MiB)
     os.truncate(disk, 16 * MiB)
     before = images.file_digest(disk)
@@ -268,7 +275,7 @@ def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder):
 
 
 @ext2
-def test_fallback_to_full_heals_a_mapped_overlay(folder, base):
+def test_fallback_to_full_heals_a_mapped_overlay(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     Preallocator("metadata").preallocate(disk, format="qcow2")
 
@@ -279,7 +286,7 @@ def test_fallback_to_full_heals_a_mapped_overlay(folder, base):
 
 @ext2
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_fallback_to_full_grows_a_disk_with_all_its_space(folder, format):
+def test_fallback_to_full_grows_a_disk_with_all_its_space(folder: pathlib.Path, format: str) -> None:
     strategy = Preallocator(on_unsupported="full")
     strategy.create(folder / "disk", 16 * MiB, format=format)
 
@@ -289,7 +296,7 @@ def test_fallback_to_full_grows_a_disk_with_all_its_space(folder, format):
 
 
 @ext2
-def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder, base):
+def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
     before = images.identity(disk)
@@ -300,7 +307,7 @@ def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder, base):
 
 
 @ext2
-def test_second_call_in_a_fallback_writes_nothing(folder, base):
+def test_second_call_in_a_fallback_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
 
@@ -309,7 +316,7 @@ def test_second_call_in_a_fallback_writes_nothing(folder, base):
     assert images.identity(folder / "disk") == before
 
 
-REFUSED = {
+REFUSED: dict[str, Operation] = {
     "create raw": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB, format="raw"),
     "create qcow2": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB),
     "preallocate": lambda strategy, folder: strategy.preallocate(folder / "disk", format="qcow2"),
@@ -319,7 +326,7 @@ REFUSED = {
 
 @ext2
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
-def test_no_fallback_is_an_error(folder, operation):
+def test_no_fallback_is_an_error(folder: pathlib.Path, operation: Operation) -> None:
     images.qcow2(folder / "disk", 16 * MiB)
 
     with pytest.raises(exceptions.UnsupportedFilesystem, match="ext2"):
@@ -328,7 +335,7 @@ def test_no_fallback_is_an_error(folder, operation):
 
 @ext2
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
-def test_no_fallback_leaves_everything_as_it_was(folder, operation):
+def test_no_fallback_leaves_everything_as_it_was(folder: pathlib.Path, operation: Operation) -> None:
     disk = images.qcow2(folder / "disk", 16 * MiB)
     before = images.identity(disk)
 
@@ -339,7 +346,7 @@ def test_no_fallback_leaves_everything_as_it_was(folder, operation):
 
 
 @ext2
-def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder):
+def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "disk", 16 * MiB)
 
     image = Preallocator(on_unsupported="error").preallocate(folder / "disk", format="qcow2")

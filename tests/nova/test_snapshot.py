@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import importlib
 import json
 import os
 import subprocess
@@ -91,9 +92,9 @@ def _is_safe(path: str) -> bool:
     """Ask the inspector that guards Nova and Glance."""
     inspector: Any
     try:
-        from oslo_utils.imageutils import format_inspector as inspector
+        inspector = importlib.import_module("oslo_utils.imageutils.format_inspector")
     except ImportError:  # before oslo.utils 7.2, Nova has its own
-        from nova.image import format_inspector as inspector
+        inspector = importlib.import_module("nova.image.format_inspector")
     found = inspector.detect_file_format(path)
     # Nova's says yes, oslo.utils' says nothing or raises.
     return str(found) == "qcow2" and found.safety_check() in (True, None)

@@ -17,7 +17,6 @@ from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 from imgprealloc import Qcow2Preallocator
 from imgprealloc import exceptions
-from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
 from .host import ENOSPC
@@ -101,7 +100,7 @@ def no_room_for_a_file(host: Host) -> None:
     def full(path: str, *how: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    with fixtures.MockPatchObject(replacement.os, "open", full):
+    with fixtures.MockPatchObject(os, "open", full):
         Preallocator().create(host.path(), SIZE)
 
 
@@ -212,7 +211,7 @@ def test_an_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Ho
 
 
 def test_an_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
-    process_errors = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
+    process_errors: set[type] = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
 
     assert process_errors == {exceptions.CommandFailed, exceptions.NoSpace}
 

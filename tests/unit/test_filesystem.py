@@ -3,12 +3,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import MutableSequence
 import errno
+import fcntl
 import os
 import pathlib
+import tempfile
 from types import SimpleNamespace
 
 import fixtures
+import psutil
 import pytest
 
 from imgprealloc import fallocate
@@ -22,7 +26,7 @@ NOCOW = 0x00800000
 def mounts() -> Iterator[Callable[..., None]]:
     """Give a function that sets the mount points and types of the host."""
     table: list[SimpleNamespace] = []
-    with fixtures.MockPatchObject(filesystem.psutil, "disk_partitions", lambda all: table):
+    with fixtures.MockPatchObject(psutil, "disk_partitions", lambda all: table):
         yield lambda types: table.extend(
             SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in types.items()
         )
@@ -82,13 +86,13 @@ def test_a_filesystem_too_full_to_be_looked_at_is_believed(
 ) -> None:
     mounts({"/": "xfs"})
 
-    with fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(code)):
+    with fixtures.MockPatchObject(tempfile, "TemporaryFile", refusing(code)):
         assert filesystem.under(str(tmp_path)) == Filesystem("xfs", fallocate=True, copy_on_write=False)
 
 
 def test_a_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.Path) -> None:
     with (
-        fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(errno.EROFS)),
+        fixtures.MockPatchObject(tempfile, "TemporaryFile", refusing(errno.EROFS)),
         pytest.raises(OSError, match="Read-only"),
     ):
         filesystem.under(str(tmp_path))
@@ -128,14 +132,14 @@ def test_a_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[
 
 
 def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:
-    def ioctl(fd: int, request: int, buffer: object) -> int:
+    def ioctl(fd: int, request: int, buffer: MutableSequence[int]) -> int:
         assert request == 0x80086601
         if flags is None:
             raise OSError(errno.ENOTTY, "no flags here")
         buffer[0] = flags
         return 0
 
-    with fixtures.MockPatchObject(filesystem.fcntl, "ioctl", ioctl):
+    with fixtures.MockPatchObject(fcntl, "ioctl", ioctl):
         return filesystem.copies_on_write(str(path))
 
 
@@ -164,7 +168,7 @@ def test_which_files_take_new_space_when_they_are_overwritten(
 def test_the_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: int) -> None:
     space = SimpleNamespace(f_bfree=100, f_bavail=95, f_frsize=4096, f_bsize=65536)
     with (
-        fixtures.MockPatchObject(filesystem.os, "statvfs", lambda directory: space),
-        fixtures.MockPatchObject(filesystem.os, "geteuid", lambda: user),
+        fixtures.MockPatchObject(os, "statvfs", lambda directory: space),
+        fixtures.MockPatchObject(os, "geteuid", lambda: user),
     ):
         assert filesystem.available("/srv") == blocks * 4096

@@ -132,20 +132,20 @@ def refusing(code: int) -> Callable[..., bytes]:
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, code: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(code)):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.in_use(disk) is False
         with lock.no_writer(disk), open(disk, "r+b") as file:
             assert lock.try_exclusive(file.fileno()) is True
 
 
 def test_any_other_fault_of_a_lock_is_an_error(disk: str) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
         lock.in_use(disk)
 
 
 def test_a_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(disk: str) -> None:
     with (
-        fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
         open(disk, "r+b") as file,
         pytest.raises(OSError, match="no locks"),
     ):

@@ -412,7 +412,7 @@ def test_what_a_copy_would_lose_keeps_a_disk_from_being_replaced(
 
 
 @pytest.mark.parametrize("more", [{"snapshots": 1}, {"bitmaps": 1}])
-def test_a_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, int]) -> None:
+def test_a_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, Any]) -> None:
     path = host.qcow2(SIZE, **more)
 
     assert Qcow2Preallocator().preallocate(path).state == "reserved"
@@ -471,7 +471,7 @@ def test_a_file_that_ends_within_its_last_cluster_is_surely_qcow2(host: Host, ma
 @pytest.mark.parametrize("mapped", [None, 0.5, 1.0])
 @pytest.mark.parametrize("verb", ["preallocate", "resize"])
 def test_a_disk_that_cannot_be_understood_is_left_alone(
-    host: Host, more: dict[str, bool], error: type[Exception], mapped: float | None, verb: str
+    host: Host, more: dict[str, Any], error: type[Exception], mapped: float | None, verb: str
 ) -> None:
     path = host.qcow2(SIZE, mapped=mapped, **more)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import os
+from typing import Any
 
 from oslo_utils import units
 import pytest
@@ -36,7 +37,7 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
     ],
 )
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, int], changes: list[str], rewrite: bool) -> None:
+def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, Any], changes: list[str], rewrite: bool) -> None:
     image = RawPreallocator(mode).preallocate(host.raw(SIZE, **space), rewrite)
 
     assert host.changes == changes

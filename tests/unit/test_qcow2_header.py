@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import struct
+from typing import Any
 
 from oslo_utils import units
 import pytest
@@ -114,7 +115,7 @@ def test_one_l2_table_is_enough_to_hold_something(path: str, entry: int) -> None
         pytest.param({"magic": b"QFI\xfa"}, id="another magic"),
     ],
 )
-def test_an_image_with_more_to_it_is_not_blank(path: str, more: dict[str, int]) -> None:
+def test_an_image_with_more_to_it_is_not_blank(path: str, more: dict[str, Any]) -> None:
     qcow2_file.write(path, **more)
 
     assert qcow2_header.blank(path) is None

@@ -80,7 +80,7 @@ def test_the_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Pro
 def test_the_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
     synced: list[tuple[bool, list[str]]] = []
     with fixtures.MockPatchObject(
-        replacement.os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
+        os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
     ):
         replace(disk)
 
@@ -208,7 +208,7 @@ def test_what_another_imgprealloc_has_just_taken_away_is_not_missed(disk: pathli
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return real(path, flags, *mode)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late):
+    with fixtures.MockPatchObject(os, "open", late):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -393,8 +393,8 @@ def test_the_new_disk_has_the_owner_of_the_old_one(
         return os.stat_result((*status[:4], *owner, *status[6:]))
 
     with (
-        fixtures.MockPatchObject(replacement.os, "stat", owned),
-        fixtures.MockPatchObject(replacement.os, "fchown", lambda fd, *ids: seen.append(ids)),
+        fixtures.MockPatchObject(os, "stat", owned),
+        fixtures.MockPatchObject(os, "fchown", lambda fd, *ids: seen.append(ids)),
     ):
         replace(disk)
 
