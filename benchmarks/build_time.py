@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import ground
+import loop_filesystem
 import nova_disks
 
 _GIB = 1024**3
@@ -93,7 +94,7 @@ def table(builds: list[Build]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9, help="beside one to warm up; default: %(default)s")
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
+    parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print all times as JSON instead of a table")
     args = parser.parse_args()
     builds = [Build("overlay, 40 GiB", "qcow2", 40 * _GIB), Build("raw, 4 GiB", "raw", 4 * _GIB)]

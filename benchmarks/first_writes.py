@@ -26,6 +26,7 @@ import sys
 import time
 
 import ground
+import loop_filesystem
 import nova_disks
 
 from imgprealloc import RawPreallocator
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="default: %(default)s")
     # More would often meet a 64 KiB cluster of stock Nova's disk that has been written to before.
     parser.add_argument("--writes", type=int, default=3000, help=f"a disk and run, by {_TURN}; default: %(default)s")
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
+    parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
     parser.add_argument("--aio", choices=("native", "threads", "io_uring"), default="native",
                         help="native is what Nova chooses for a preallocated disk; default: %(default)s")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON instead of a table")

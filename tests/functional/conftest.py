@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
-import os
 import pathlib
 import shutil
 import tempfile
@@ -14,10 +13,11 @@ import tempfile
 import images
 import loop_filesystem
 import pytest
+import tools_needed
 
 MiB = 1 << 20
 
-TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", "mkfs.ext4", "mkfs.ext2", "mkfs.xfs", "mkfs.btrfs")
+TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", *loop_filesystem.TOOLS)
 
 # Sparse, so that what is not used costs nothing.
 SIZES = {
@@ -31,13 +31,7 @@ SIZES = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _tools() -> None:
-    """Skip where these tests cannot run; in CI that is a failure."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if os.geteuid():
-        missing.append("root, for mount")
-    if missing:
-        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        stop(f"needs {', '.join(missing)}")
+    tools_needed.require(TOOLS)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import shutil
 import images
 import pytest
 
+from functional import kinds
 from functional.modes import Mode
 from imgprealloc import Preallocator
 
@@ -311,7 +312,7 @@ def test_healed_disk_is_the_same_file(sparse_copy: pathlib.Path) -> None:
     assert sparse_copy.stat().st_ino == before
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
@@ -321,7 +322,7 @@ def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder: pathlib
     assert (image.state, image.shortfall >= 32 * MiB) == ("mapped", True)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_overlay_is_unshared(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
@@ -331,7 +332,7 @@ def test_reflinked_overlay_is_unshared(folder: pathlib.Path, base: pathlib.Path)
     assert (image.state, images.shared(folder / "disk")) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder: pathlib.Path, base: pathlib.Path) -> None:
     used(folder / "original", base)
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")

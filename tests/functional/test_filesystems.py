@@ -12,6 +12,7 @@ import pathlib
 import images
 import pytest
 
+from functional import kinds
 from functional.modes import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
@@ -22,8 +23,6 @@ FS_IOC_GETFLAGS = 0x80086601
 NOCOW = 0x00800000
 
 Operation = Callable[[Preallocator, pathlib.Path], object]
-
-HOLD_SPACE = ["ext4", "xfs", "btrfs", "tmpfs"]
 
 
 def nocow(path: pathlib.Path) -> bool:
@@ -37,7 +36,7 @@ def nocow(path: pathlib.Path) -> bool:
 # Where space can be held.
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_new_disk_is_preallocated(folder: pathlib.Path, format: str, mode: Mode) -> None:
@@ -50,7 +49,7 @@ def test_new_disk_is_preallocated(folder: pathlib.Path, format: str, mode: Mode)
     )
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 def test_overlay_is_clean_and_reads_its_base(folder: pathlib.Path, base: pathlib.Path, mode: Mode) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
@@ -60,7 +59,7 @@ def test_overlay_is_clean_and_reads_its_base(folder: pathlib.Path, base: pathlib
     assert (images.check(disk)["check-errors"], images.differences(disk, plain)) == (0, "")
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 def test_second_call_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
@@ -70,7 +69,7 @@ def test_second_call_writes_nothing(folder: pathlib.Path, base: pathlib.Path) ->
     assert images.identity(folder / "disk") == before
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_grown_disk_is_preallocated(folder: pathlib.Path, format: str) -> None:
     Preallocator().create(folder / "disk", 16 * MiB, format=format)
@@ -80,7 +79,7 @@ def test_grown_disk_is_preallocated(folder: pathlib.Path, format: str) -> None:
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 def test_disk_with_data_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     for either in (disk, plain):
@@ -113,10 +112,7 @@ def test_holes_of_a_raw_disk_are_filled(folder: pathlib.Path) -> None:
 # btrfs copies on write, but for files that were made otherwise.
 
 
-btrfs = pytest.mark.parametrize("kind", ["btrfs"])
-
-
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_new_disk_on_btrfs_is_not_copied_on_write(folder: pathlib.Path, format: str, mode: Mode) -> None:
@@ -125,7 +121,7 @@ def test_new_disk_on_btrfs_is_not_copied_on_write(folder: pathlib.Path, format: 
     assert nocow(folder / "disk")
 
 
-@btrfs
+@kinds.copying_on_write
 def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
 
@@ -134,7 +130,7 @@ def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder: pathlib.Pat
     assert nocow(disk)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder: pathlib.Path, format: str) -> None:
     options = ["-o", "preallocation=full"]
@@ -145,7 +141,7 @@ def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder: pathl
     assert (image.state, image.shortfall) == ("thin" if format == "raw" else "mapped", image.worst_case_size)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_disk_that_is_copied_on_write_cannot_be_reserved(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
@@ -155,7 +151,7 @@ def test_disk_that_is_copied_on_write_cannot_be_reserved(folder: pathlib.Path, f
         Preallocator().preallocate(folder / "disk", format=format)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_disk_that_is_copied_on_write_is_rewritten(folder: pathlib.Path, format: str, mode: Mode) -> None:
@@ -172,7 +168,7 @@ def test_disk_that_is_copied_on_write_is_rewritten(folder: pathlib.Path, format:
     )
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_mode_metadata_leaves_a_disk_with_data_alone(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
@@ -184,7 +180,7 @@ def test_mode_metadata_leaves_a_disk_with_data_alone(folder: pathlib.Path, forma
     assert images.identity(folder / "disk") == before
 
 
-@btrfs
+@kinds.copying_on_write
 def test_reflinked_disk_on_btrfs_is_not_preallocated(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     # A reflink wants both to be nocow, or neither.
@@ -194,7 +190,7 @@ def test_reflinked_disk_on_btrfs_is_not_preallocated(folder: pathlib.Path) -> No
     assert Preallocator().inspect(folder / "disk", format="raw").state == "thin"
 
 
-@btrfs
+@kinds.copying_on_write
 def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     images.run("chattr", "+C", folder)
@@ -212,24 +208,21 @@ def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -
 # ext2 has no fallocate.
 
 
-ext2 = pytest.mark.parametrize("kind", ["ext2"])
-
-
-@ext2
+@kinds.without_fallocate
 def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall > 0) == ("mapped", True)
 
 
-@ext2
+@kinds.without_fallocate
 def test_fallback_to_metadata_does_not_write_the_disk(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 256 * MiB, str(base), backing_format="raw")
 
     assert images.allocated(folder / "disk") < 2 * MiB
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_fallback_to_full_gives_a_new_disk_all_its_space(folder: pathlib.Path, format: str) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 16 * MiB, format=format)
@@ -237,7 +230,7 @@ def test_fallback_to_full_gives_a_new_disk_all_its_space(folder: pathlib.Path, f
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("on_unsupported", ["metadata", "full"])
 def test_fallback_lets_the_base_show_through(folder: pathlib.Path, base: pathlib.Path, on_unsupported: str) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
@@ -247,14 +240,14 @@ def test_fallback_lets_the_base_show_through(folder: pathlib.Path, base: pathlib
     assert not images.differences(disk, plain)
 
 
-@ext2
+@kinds.without_fallocate
 def test_fallback_to_full_gives_an_overlay_all_its_space(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
+@kinds.without_fallocate
 def test_mode_full_needs_no_fallback(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator("full", on_unsupported="error").create(
         folder / "disk", 32 * MiB, str(base), backing_format="raw"
@@ -263,7 +256,7 @@ def test_mode_full_needs_no_fallback(folder: pathlib.Path, base: pathlib.Path) -
     assert image.state == "preallocated"
 
 
-@ext2
+@kinds.without_fallocate
 def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder: pathlib.Path) -> None:
     disk = images.random_file(folder / "disk", MiB)
     os.truncate(disk, 16 * MiB)
@@ -274,7 +267,7 @@ def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder: pathlib.Path) ->
     assert (image.state, images.file_digest(disk)) == ("preallocated", before)
 
 
-@ext2
+@kinds.without_fallocate
 def test_fallback_to_full_heals_a_mapped_overlay(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     Preallocator("metadata").preallocate(disk, format="qcow2")
@@ -284,7 +277,7 @@ def test_fallback_to_full_heals_a_mapped_overlay(folder: pathlib.Path, base: pat
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_fallback_to_full_grows_a_disk_with_all_its_space(folder: pathlib.Path, format: str) -> None:
     strategy = Preallocator(on_unsupported="full")
@@ -295,7 +288,7 @@ def test_fallback_to_full_grows_a_disk_with_all_its_space(folder: pathlib.Path, 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
+@kinds.without_fallocate
 def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
@@ -306,7 +299,7 @@ def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder: pathlib.Pat
     assert (image.state, images.identity(disk)) == ("thin", before)
 
 
-@ext2
+@kinds.without_fallocate
 def test_second_call_in_a_fallback_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
@@ -324,7 +317,7 @@ REFUSED: dict[str, Operation] = {
 }
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
 def test_no_fallback_is_an_error(folder: pathlib.Path, operation: Operation) -> None:
     images.qcow2(folder / "disk", 16 * MiB)
@@ -333,7 +326,7 @@ def test_no_fallback_is_an_error(folder: pathlib.Path, operation: Operation) -> 
         operation(Preallocator(on_unsupported="error"), folder)
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
 def test_no_fallback_leaves_everything_as_it_was(folder: pathlib.Path, operation: Operation) -> None:
     disk = images.qcow2(folder / "disk", 16 * MiB)
@@ -345,7 +338,7 @@ def test_no_fallback_leaves_everything_as_it_was(folder: pathlib.Path, operation
     assert (os.listdir(folder), images.identity(disk)) == (["disk"], before)
 
 
-@ext2
+@kinds.without_fallocate
 def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "disk", 16 * MiB)
 

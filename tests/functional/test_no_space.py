@@ -14,6 +14,7 @@ import loop_filesystem
 from oslo_concurrency import processutils
 import pytest
 
+from functional import kinds
 from functional.modes import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
@@ -68,7 +69,6 @@ IN_PLACE = (reserve, fill_raw, grow, grow_raw)
 each_operation = pytest.mark.parametrize("operation", WITH_A_NEW_FILE + IN_PLACE, ids=lambda found: found.__name__)
 each_with_a_new_file = pytest.mark.parametrize("operation", WITH_A_NEW_FILE, ids=lambda found: found.__name__)
 each_mode = pytest.mark.parametrize("mode", ["falloc", "full"])
-each_filesystem = pytest.mark.parametrize("kind", ["ext4", "xfs"])
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_lack_of_space_half_way_changes_no_file_and_leaves_none(
     assert files_in(small) == before
 
 
-@each_filesystem
+@kinds.common
 @each_operation
 def test_lack_of_space_leaves_as_much_space_as_there_was(small: pathlib.Path, operation: Operation) -> None:
     before = images.free(small)
@@ -247,7 +247,7 @@ def test_disk_is_replaced_once_there_is_room(small: pathlib.Path) -> None:
     assert Preallocator().preallocate(small / "blank", format="qcow2").state == "preallocated"
 
 
-@each_filesystem
+@kinds.common
 def test_unused_disk_that_has_its_space_is_reserved_where_a_second_one_has_no_room(small: pathlib.Path) -> None:
     before = (small / "stock").stat().st_ino
 
@@ -274,7 +274,7 @@ def test_raw_disk_that_could_not_be_filled_reads_the_same(
     assert images.file_digest(small / "raw") == before
 
 
-@each_filesystem
+@kinds.common
 def test_filesystem_full_to_the_last_byte_lets_a_preallocated_disk_be(tight: pathlib.Path) -> None:
     Preallocator().create(tight / "disk", 32 * MiB)
     loop_filesystem.fill(str(tight))
@@ -283,7 +283,7 @@ def test_filesystem_full_to_the_last_byte_lets_a_preallocated_disk_be(tight: pat
 
 
 # On a full XFS not even the file can be made that asks what the filesystem can promise.
-@each_filesystem
+@kinds.common
 @pytest.mark.parametrize("mode", ["falloc", "metadata"])
 def test_filesystem_full_to_the_last_byte_lets_a_reserved_disk_be(tight: pathlib.Path, mode: Mode) -> None:
     disk = images.qcow2(tight / "disk", 32 * MiB)
@@ -296,7 +296,7 @@ def test_filesystem_full_to_the_last_byte_lets_a_reserved_disk_be(tight: pathlib
     assert (image.state, image.shortfall) == ("reserved", 0)
 
 
-@each_filesystem
+@kinds.common
 def test_mode_metadata_without_any_room_leaves_no_file(tight: pathlib.Path) -> None:
     images.random_file(tight / "base", MiB)
     loop_filesystem.fill(str(tight))
@@ -322,7 +322,7 @@ def snug(tight: pathlib.Path) -> Callable[[int], None]:
     return snug
 
 
-@each_filesystem
+@kinds.common
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_new_disk_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[int], None], format: str) -> None:
     snug(96 * MiB)
@@ -330,7 +330,7 @@ def test_new_disk_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[
     assert Preallocator().create(tight / "disk", 96 * MiB, format=format).state == "preallocated"
 
 
-@each_filesystem
+@kinds.common
 def test_overlay_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[int], None]) -> None:
     base = images.random_file(tight / "base", 8 * MiB)
     disk = images.qcow2(tight / "disk", 96 * MiB, backing=base)
@@ -339,7 +339,7 @@ def test_overlay_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[i
     assert Preallocator().preallocate(disk, format="qcow2").state == "preallocated"
 
 
-@each_filesystem
+@kinds.common
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_growth_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[int], None], format: str) -> None:
     Preallocator().create(tight / "disk", 8 * MiB, format=format)
@@ -348,7 +348,7 @@ def test_growth_needs_its_room_only_once(tight: pathlib.Path, snug: Callable[[in
     assert Preallocator().resize(tight / "disk", 104 * MiB, format=format).state == "preallocated"
 
 
-@each_filesystem
+@kinds.common
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_holes_need_no_more_room_than_they_have(tight: pathlib.Path, snug: Callable[[int], None], format: str) -> None:
     Preallocator().create(tight / "disk", 96 * MiB, format=format)
@@ -359,7 +359,7 @@ def test_holes_need_no_more_room_than_they_have(tight: pathlib.Path, snug: Calla
     assert Preallocator().preallocate(tight / "disk", format=format).state == "preallocated"
 
 
-@each_filesystem
+@kinds.common
 def test_reserving_what_is_nearly_reserved_needs_no_more_room_than_is_short(
     tight: pathlib.Path, snug: Callable[[int], None]
 ) -> None:

@@ -9,6 +9,7 @@ import pathlib
 import images
 import pytest
 
+from functional import kinds
 from functional.modes import Mode
 from imgprealloc import Preallocator
 from imgprealloc import RawPreallocator
@@ -140,7 +141,7 @@ def test_mode_full_writes_the_holes(disk: pathlib.Path) -> None:
     assert images.unwritten(disk) == 0
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@kinds.common
 def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
     images.run("fallocate", "-n", "-l", 8 * MiB, disk)
@@ -205,7 +206,7 @@ def test_holes_that_a_sparse_copy_made_are_healed(folder: pathlib.Path, disk: pa
     assert states == ("thin", "preallocated")
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_disk_is_not_preallocated(folder: pathlib.Path) -> None:
     base = images.random_file(folder / "base", 16 * MiB)
 
@@ -214,7 +215,7 @@ def test_reflinked_disk_is_not_preallocated(folder: pathlib.Path) -> None:
     assert (image.state, image.shared_bytes, image.shortfall) == ("thin", 16 * MiB, 16 * MiB)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_disk_is_not_mended_by_fallocate(folder: pathlib.Path) -> None:
     base = images.random_file(folder / "base", 16 * MiB)
     disk = reflinked(folder / "disk", base)
@@ -224,7 +225,7 @@ def test_reflinked_disk_is_not_mended_by_fallocate(folder: pathlib.Path) -> None
     assert images.shared(disk) == 16 * MiB
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 def test_reflinked_disk_is_unshared(folder: pathlib.Path, mode: Mode) -> None:
     disk = reflinked(folder / "disk", images.random_file(folder / "base", 16 * MiB))
@@ -234,7 +235,7 @@ def test_reflinked_disk_is_unshared(folder: pathlib.Path, mode: Mode) -> None:
     assert (image.state, images.shared(disk)) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 def test_unsharing_changes_no_byte_of_either(folder: pathlib.Path, mode: Mode) -> None:
     base = with_holes(folder / "base")
@@ -246,7 +247,7 @@ def test_unsharing_changes_no_byte_of_either(folder: pathlib.Path, mode: Mode) -
     assert (images.file_digest(disk), images.file_digest(base)) == (before, before)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder: pathlib.Path) -> None:
     disk = reflinked(folder / "disk", images.random_file(folder / "base", 8 * MiB + 100))
     os.truncate(disk, 16 * MiB)
@@ -256,7 +257,7 @@ def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder: pathlib.Pa
     assert (image.state, image.shortfall, image.shared_bytes) == ("preallocated", 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 def test_disk_in_thousands_of_shared_pieces_is_unshared(folder: pathlib.Path) -> None:
     base = images.sparse_file(folder / "base", 16 * MiB)
     with open(base, "r+b") as file:

@@ -16,6 +16,7 @@ import time
 import images
 import pytest
 
+from functional import kinds
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -66,7 +67,7 @@ def test_owner_of_the_disk_is_kept(thin: pathlib.Path) -> None:
     assert (thin.stat().st_uid, thin.stat().st_gid) == (64055, 108)
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@kinds.with_attributes
 def test_extended_attributes_of_the_disk_are_kept(thin: pathlib.Path) -> None:
     os.setxattr(thin, "user.note", b"mine")
     os.setxattr(thin, "trusted.libvirt.security.ref_dac", b"1")
@@ -101,7 +102,7 @@ def share(folder: pathlib.Path) -> None:
     os.setxattr(folder, "system.posix_acl_default", acl)
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@kinds.common
 def test_disk_without_an_acl_inherits_none_from_its_folder(thin: pathlib.Path, folder: pathlib.Path) -> None:
     thin.chmod(0o660)
     share(folder)

@@ -14,6 +14,7 @@ import pathlib
 import images
 import pytest
 
+from functional import kinds
 from functional.modes import MODES
 from functional.modes import Mode
 from imgprealloc import Preallocator
@@ -426,7 +427,7 @@ def test_grown_part_does_not_show_what_was_in_freed_clusters(folder: pathlib.Pat
     images.check(path)
 
 
-@pytest.mark.parametrize("kind", ["ext2"])
+@kinds.without_fallocate
 def test_grown_part_does_not_show_it_either_where_the_filesystem_cannot_hold_space(folder: pathlib.Path) -> None:
     path = compressed_and_overwritten(folder / "disk", folder / "source")
 

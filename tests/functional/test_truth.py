@@ -16,6 +16,7 @@ import images
 import loop_filesystem
 import pytest
 
+from functional import kinds
 from functional.modes import Mode
 from imgprealloc import Preallocator
 from imgprealloc import RawPreallocator
@@ -25,7 +26,7 @@ KiB, MiB = 1 << 10, 1 << 20
 BASE = 24 * MiB
 SIZE = 40 * MiB
 
-pytestmark = pytest.mark.parametrize("kind", ["ext4", "xfs"])
+pytestmark = kinds.common
 
 
 def write_randomly(address: str, *, size: int, offset: int = 0, block_size: int = 4096, seed: int = 1) -> str:

@@ -156,7 +156,7 @@ def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]
 
 @KINDS
 def test_migration_that_is_over_is_not_failed_by_a_disk(
-    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node, instance = _arriving(host, kind)
 

@@ -14,6 +14,7 @@ import compute_host
 from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
+import images
 from nova.compute import power_state
 from oslo_utils import units
 import pytest
@@ -32,21 +33,21 @@ def _instance(node: Host, state: int) -> compute_host.Instance:
 def test_uploaded_image_passes_glances_inspector_and_reads_like_the_disk(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.SHUTDOWN)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
 
     uploaded = node.snapshot(instance)
 
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
-    assert compute_host.same(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
+    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
 
 
 @KINDS
 def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.RUNNING)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
     deltas: list[imgprealloc.DiskImage] = []
 
     def mirror(delta: str) -> None:
@@ -64,8 +65,8 @@ def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Ho
     assert delta.allocated_size < units.Mi
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
-    assert compute_host.same(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
+    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
 
 
 def test_nothing_is_left_of_a_snapshot(host: Callable[..., Host]) -> None:

@@ -15,6 +15,7 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+import images
 import loop_filesystem
 import nova_disks
 from oslo_utils import units
@@ -65,11 +66,11 @@ def test_start_leaves_preallocated_disks_alone(host: Callable[..., Host], kind: 
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
 
     node.start(instance)
 
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
     assert node.changed(instance, kept) == []
 
 
@@ -106,11 +107,11 @@ def test_raw_disk_of_a_host_that_is_switched_to_qcow2_is_not_rewritten(
     with contextlib.suppress(Exception):
         node.start(instance)
 
-    assert compute_host.same(path, "raw", kept["disk.eph0"])
+    assert images.reads_like(path, "raw", kept["disk.eph0"])
 
 
 def test_disk_without_a_backing_file_is_started_on_a_full_host_as_by_stock_nova(
-    host: Callable[..., Host], caplog: Any
+    host: Callable[..., Host], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Nova starts such disks without its image backends, and without fallocate.
     node = host(libvirt__images_type="raw")
@@ -167,7 +168,7 @@ def test_trim_is_let_through_where_nothing_is_held(host: Callable[..., Host]) ->
 
 @KINDS
 def test_mode_that_there_is_not_in_an_old_flavor_keeps_no_guest_from_starting(
-    host: Callable[..., Host], kind: str, caplog: Any
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Nova's API validates extra specs only from its version 2.86 on, and an
     # instance keeps its flavor for life.
@@ -182,7 +183,7 @@ def test_mode_that_there_is_not_in_an_old_flavor_keeps_no_guest_from_starting(
 
 @KINDS
 def test_fault_of_ours_keeps_no_guest_from_starting(
-    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
@@ -198,7 +199,9 @@ def test_fault_of_ours_keeps_no_guest_from_starting(
 
 
 @KINDS
-def test_disk_that_is_not_ours_to_write_is_told_and_started(host: Callable[..., Host], kind: str, caplog: Any) -> None:
+def test_disk_that_is_not_ours_to_write_is_told_and_started(
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     compute_host.lose_space(node.disk(instance))
