@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import json
 import pathlib
-import subprocess
 from typing import TYPE_CHECKING
 
+import images
 from oslo_utils import units
 from oslo_utils.imageutils import format_inspector
 import pytest
@@ -77,19 +76,19 @@ def test_a_snapshot_is_an_image_like_any_other(
         assert inspector is not None
         assert str(inspector) == "qcow2"
         inspector.safety_check()
-        info = json.loads(_run("qemu-img", "info", "--output=json", snapshot))
+        info = images.info(snapshot)
         assert not info["format-specific"]["data"]["extended-l2"]
         assert "backing-filename" not in info
         # And it has all that the guest wrote.
         content = tmp_path / image
-        _run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", snapshot, content)
-        assert f"reads back, {units.Gi} bytes of round 2" in _run(guest.whole_disk, "check", content)
+        images.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", snapshot, content)
+        assert f"reads back, {units.Gi} bytes of round 2" in images.run(guest.whole_disk, "check", content)
     # The disk itself is what it was.
     assert server.disks()["vda"].state == "preallocated"
     assert server.launch.disks["vda"].file_size == server.disks()["vda"].file_size
 
 
-def test_a_rescue_disk_is_nova_s_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
+def test_a_rescue_disk_is_novas_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1))
     assert server.wait_for_guest()[-1] == DONE
@@ -127,9 +126,3 @@ def test_a_build_without_space_is_sent_to_another_host_and_leaves_no_file(
     # Which it would not have been, had Nova given up at the first host.
     assert "was re-scheduled: " in cloud.log()
     assert [path.name for path in instances_path.iterdir() if path.is_dir() and "-" in path.name] == []
-
-
-def _run(*argv: object) -> str:
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

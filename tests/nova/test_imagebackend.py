@@ -83,7 +83,7 @@ def test_grown_overlay_is_preallocated_and_reads_the_same(disks: Callable[..., n
     image = made.spawn(base, _4G)
     stock = disks(preallocated=False, preallocate_images="none").spawn(base, _4G)
     for path in (image.path, stock.path):
-        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 3G 1M", path], check=True, capture_output=True)
+        images.qemu_io(path, "write -P 7 3G 1M")
 
     made = disks()
     made.cache(made.image_at(image.path), base, 8 * units.Gi)
@@ -114,7 +114,7 @@ def test_flat_disk_that_holds_qcow2_is_preallocated_as_qcow2(
     disks: Callable[..., nova_disks.Disks], base: str, tmp_path: pathlib.Path
 ) -> None:
     qcow2 = str(tmp_path / "base.qcow2")
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", base, qcow2], check=True)
+    images.qcow2_of(qcow2, base, "-c")
 
     image = disks(force_raw_images=False).spawn(qcow2, units.Gi, image_type="raw")
 
@@ -235,7 +235,7 @@ def test_nothing_but_the_disk_is_left_in_the_instances_folder(
 
 def test_disk_with_data_is_reserved_and_not_replaced(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks(preallocated=False).spawn(base, _4G)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 1G 1M")
     before = os.stat(image.path)
     made = disks()
 
@@ -250,7 +250,7 @@ def test_disk_with_data_is_rewritten_if_the_operator_asks_for_it(
     disks: Callable[..., nova_disks.Disks], base: str, tmp_path: pathlib.Path
 ) -> None:
     image = disks(preallocated=False).spawn(base, _4G)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 1G 1M")
     copy = str(tmp_path / "copy")
     subprocess.run(["cp", image.path, copy], check=True)
     made = disks(imgprealloc__existing_disks="rewrite")
@@ -371,7 +371,7 @@ def _stock_disk_on_a_full_filesystem(tight: str, small_base: str, **options: Any
     instances_path = os.path.join(tight, "instances")
     os.mkdir(instances_path)
     image = nova_disks.Disks(instances_path, preallocated=False, **options).spawn(small_base, 256 * units.Mi)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 128M 20M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 128M 20M")
     loop_filesystem.fill(tight)
     return image
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import importlib
-import json
 import os
 import subprocess
 from typing import Any
@@ -102,5 +101,4 @@ def _is_safe(path: str) -> bool:
 
 
 def _extended_l2(path: str) -> Any:
-    done = subprocess.run(["qemu-img", "info", "--output=json", path], check=True, capture_output=True)
-    return json.loads(done.stdout)["format-specific"]["data"]["extended-l2"]
+    return images.info(path)["format-specific"]["data"]["extended-l2"]
