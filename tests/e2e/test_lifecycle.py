@@ -25,7 +25,7 @@ FOUND = f"vda reads back, {units.Gi} bytes of round 2"
 DONE = "done, 0 failed"
 
 
-def test_a_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_filesystem: Callable[[], None]) -> None:
+def test_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_filesystem: Callable[[], None]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1, swap=64), before_launch=fill_filesystem)
     assert server.wait_for_guest()[-1] == DONE
@@ -42,7 +42,7 @@ def test_a_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_fi
     assert said[-1] == DONE
 
 
-def test_a_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Callable[..., Cloud]) -> None:
+def test_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1, swap=64))
     assert server.wait_for_guest()[-1] == DONE
@@ -59,7 +59,7 @@ def test_a_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Ca
     assert {disk.state for disk in server.disks().values()} == {"preallocated"}
 
 
-def test_a_snapshot_is_an_image_like_any_other(
+def test_snapshot_is_an_image_like_any_other(
     start_cloud: Callable[..., Cloud], guest: guest_image.GuestImage, tmp_path: pathlib.Path
 ) -> None:
     cloud = start_cloud()
@@ -88,7 +88,7 @@ def test_a_snapshot_is_an_image_like_any_other(
     assert server.launch.disks["vda"].file_size == server.disks()["vda"].file_size
 
 
-def test_a_rescue_disk_is_novas_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
+def test_rescue_disk_is_novas_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1))
     assert server.wait_for_guest()[-1] == DONE
@@ -112,7 +112,7 @@ def test_a_rescue_disk_is_novas_own_and_the_rescued_disk_stays_as_it_is(start_cl
 
 
 @pytest.mark.parametrize("images_type", ["qcow2", "raw"])
-def test_a_build_without_space_is_sent_to_another_host_and_leaves_no_file(
+def test_build_without_space_is_sent_to_another_host_and_leaves_no_file(
     start_cloud: Callable[..., Cloud],
     fill_filesystem: Callable[[], None],
     instances_path: pathlib.Path,
