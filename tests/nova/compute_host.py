@@ -315,6 +315,14 @@ class Host:
         """Look at a disk."""
         return imgprealloc.Preallocator().inspect(self.disk(instance, name), format=self.formats(instance)[name])
 
+    def inodes(self, instance: Instance) -> dict[str, int]:
+        """Return what tells of all disks whether they are still the same files."""
+        return {name: os.stat(self.disk(instance, name)).st_ino for name in DISKS}
+
+    def identities(self, instance: Instance) -> dict[str, tuple[int, ...]]:
+        """Return what changes in the inodes of all disks when they are replaced, or written, or given space."""
+        return {name: images.identity(self.disk(instance, name)) for name in DISKS}
+
     def write(self, instance: Instance) -> None:
         """Write to all disks as the guest does: over what the base image has, and beyond."""
         for name, offsets in {"disk": ("10M", "700M"), "disk.eph0": ("500M",), "disk.swap": ("30M",)}.items():

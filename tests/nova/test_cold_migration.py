@@ -19,7 +19,6 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
-import images
 import nova_disks
 from oslo_utils import units
 import pytest
@@ -127,7 +126,7 @@ def test_reverted_resize_finds_its_disks_as_they_were(host: Callable[..., Host],
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     disk_info = _migrate(node, instance, "cp", neighbour, compute_host.flavor(root_gb=2))
     node.finish_migration(instance, disk_info)
     node.write(instance)
@@ -135,7 +134,7 @@ def test_reverted_resize_finds_its_disks_as_they_were(host: Callable[..., Host],
     node.revert_migration(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.changed(instance, kept) == []
 
 

@@ -46,6 +46,14 @@ def _is_preallocated(image: Any, size: int) -> bool:
     )
 
 
+def _spoil(path: str) -> None:
+    """Let a qcow2 disk's first L1 entry point into the middle of nowhere."""
+    with open(path, "r+b") as file:
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        file.write(b"\xff" * 8)
+
+
 def _swap(target: str, **kwargs: Any) -> None:
     driver.LibvirtDriver._create_swap(target, **kwargs)
 
@@ -326,11 +334,7 @@ def test_broken_disk_does_not_keep_its_instance_from_starting(
 ) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    with open(image.path, "r+b") as file:
-        # An L1 entry that points into the middle of nowhere.
-        file.seek(40)
-        file.seek(int.from_bytes(file.read(8), "big"))
-        file.write(b"\xff" * 8)
+    _spoil(image.path)
 
     made.cache(image, base, _4G)
 
@@ -553,10 +557,7 @@ def test_warnings_are_not_repeated_at_each_start(
 ) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    with open(image.path, "r+b") as file:
-        file.seek(40)
-        file.seek(int.from_bytes(file.read(8), "big"))
-        file.write(b"\xff" * 8)
+    _spoil(image.path)
 
     for _ in range(2):
         made.cache(image, base, _4G)

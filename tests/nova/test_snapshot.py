@@ -10,7 +10,6 @@ import subprocess
 from typing import Any
 
 import compute_host
-from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 import images
@@ -32,21 +31,21 @@ def _instance(node: Host, state: int) -> compute_host.Instance:
 def test_uploaded_image_passes_glances_inspector_and_reads_like_the_disk(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.SHUTDOWN)
-    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
 
     uploaded = node.snapshot(instance)
 
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
     assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
 
 
 @KINDS
 def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.RUNNING)
-    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     deltas: list[imgprealloc.DiskImage] = []
 
     def mirror(delta: str) -> None:
@@ -65,7 +64,7 @@ def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Ho
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
     assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
 
 
 def test_nothing_is_left_of_a_snapshot(host: Callable[..., Host]) -> None:

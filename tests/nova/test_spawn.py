@@ -71,13 +71,13 @@ def test_evacuated_instance_gets_its_disks_back_as_they_were(host: Callable[...,
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     assert node.states(instance) == all_disks("preallocated")
 
     # On shared storage the disks are there when the new host spawns.
     node.spawn(instance)
 
-    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.states(instance) == all_disks("preallocated")
     assert node.changed(instance, kept) == []
 
@@ -90,14 +90,14 @@ def test_evacuation_heals_disks_of_a_host_without_us_and_rewrites_none(host: Cal
     for name in DISKS:
         compute_host.lose_space(stock.disk(instance, name))
     assert stock.states(instance) == all_disks("thin")
-    before = {name: os.stat(stock.disk(instance, name)).st_ino for name in DISKS}
+    before = stock.inodes(instance)
     node = host(libvirt__images_type=kind)
     node.take_over(stock)
 
     node.spawn(instance)
 
     assert node.states(instance) == all_disks("reserved" if kind == "qcow2" else "preallocated")
-    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+    assert node.inodes(instance) == before
     assert node.changed(instance, kept) == []
 
 

@@ -41,15 +41,11 @@ def _full(directory: str) -> Iterator[None]:
         os.unlink(filler)
 
 
-def _inodes(node: Host, instance: compute_host.Instance) -> dict[str, int]:
-    return {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
-
-
 @KINDS
 def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
-    kept, before = node.keep(instance), _inodes(node, instance)
+    kept, before = node.keep(instance), node.inodes(instance)
     for name in DISKS:
         compute_host.lose_space(node.disk(instance, name))
     assert node.states(instance) == all_disks(LOST[kind])
@@ -57,7 +53,7 @@ def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Ho
     node.start(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert _inodes(node, instance) == before
+    assert node.inodes(instance) == before
     assert node.changed(instance, kept) == []
 
 
@@ -66,11 +62,11 @@ def test_start_leaves_preallocated_disks_alone(host: Callable[..., Host], kind: 
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: images.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
 
     node.start(instance)
 
-    assert {name: images.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.changed(instance, kept) == []
 
 
@@ -80,14 +76,14 @@ def test_disk_that_nothing_was_written_to_is_not_replaced_at_a_start_either(
 ) -> None:
     stock = host(preallocated=False, preallocate_images="none", libvirt__images_type=kind)
     instance = stock.spawn(stock.instance())
-    before = _inodes(stock, instance)
+    before = stock.inodes(instance)
     node = host(libvirt__images_type=kind)
     node.take_over(stock)
 
     node.start(instance)
 
     assert node.states(instance) == all_disks({"qcow2": "reserved", "raw": "preallocated"}[kind])
-    assert _inodes(node, instance) == before
+    assert node.inodes(instance) == before
 
 
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
@@ -132,7 +128,7 @@ def test_disks_of_stock_nova_are_rewritten_at_a_start_only_if_the_operator_asks(
 ) -> None:
     stock = host(preallocated=False, libvirt__images_type="qcow2")
     instance = stock.spawn(stock.instance())
-    kept, before = stock.keep(instance), _inodes(stock, instance)
+    kept, before = stock.keep(instance), stock.inodes(instance)
     assert stock.states(instance) == all_disks("thin")
     node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
     node.take_over(stock)
@@ -140,7 +136,7 @@ def test_disks_of_stock_nova_are_rewritten_at_a_start_only_if_the_operator_asks(
     node.start(instance)
 
     assert node.states(instance) == all_disks(state)
-    assert (_inodes(node, instance) == before) == (existing_disks == "reserve")
+    assert (node.inodes(instance) == before) == (existing_disks == "reserve")
     assert node.changed(instance, kept) == []
 
 
