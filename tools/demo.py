@@ -271,7 +271,7 @@ def main() -> int:
         epilog="Ends with 0 if the stock disk ran out of space and imgprealloc's did not, 1 if not, "
         "2 if the demo cannot run here. NOVA_VERSION and PYTHON choose the Nova and the Python to use.",
     )
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
+    parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
     # Not /tmp, which is memory on many systems.
     parser.add_argument("--directory", default="/var/tmp", help="for its files while it runs; default: %(default)s")
     args = parser.parse_args()

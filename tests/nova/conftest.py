@@ -18,6 +18,7 @@ import subprocess
 from typing import Any
 
 import compute_host
+import images
 import loop_filesystem
 from nova.virt.libvirt import utils as libvirt_utils
 import nova_disks
@@ -38,20 +39,13 @@ def room(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def base(room: str) -> str:
     """A full raw base image of 256 MiB."""
-    return _full(os.path.join(room, "base"), 256)
+    return str(images.random_file(os.path.join(room, "base"), 256 * units.Mi))
 
 
 @pytest.fixture(scope="session")
 def small_base(room: str) -> str:
     """A full raw base image of 64 MiB."""
-    return _full(os.path.join(room, "small-base"), 64)
-
-
-def _full(path: str, mebibytes: int) -> str:
-    with open(path, "wb") as file:
-        for _ in range(mebibytes):
-            file.write(os.urandom(units.Mi))
-    return path
+    return str(images.random_file(os.path.join(room, "small-base"), 64 * units.Mi))
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
 
 
-def test_a_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
+def test_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
     file.write_bytes(b"data")
 
     fallocate.reserve(str(file), 0, 128 * units.Ki)
@@ -101,7 +101,7 @@ def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * units.Mi], ids=["empty", "without holes"])
-def test_a_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
+def test_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
     file.write_bytes(content)
 
     fallocate.write_zeros(str(file))
@@ -144,7 +144,7 @@ def test_nothing_to_unshare_runs_nothing(programs: Programs) -> None:
 # The process behind unshare() and write_zeros().
 
 
-def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
+def test_process_unshares_every_stretch(file: pathlib.Path) -> None:
     seen: list[tuple[int, int, int]] = []
     with fixtures.MockPatchObject(fallocate, "_fallocate", lambda fd, *arguments: seen.append(arguments)):
         status = fallocate._main("unshare", str(file), "0:4096", "8192:512")
@@ -154,7 +154,7 @@ def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
     assert status == 0
 
 
-def test_the_process_says_in_the_words_of_strerror_what_went_wrong(
+def test_process_says_in_the_words_of_strerror_what_went_wrong(
     file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: int) -> None:
@@ -179,7 +179,7 @@ class Fiemap(fixtures.Fixture):
         self.calls = 0
 
     def _setUp(self) -> None:
-        self.useFixture(fixtures.MockPatchObject(fallocate.fcntl, "ioctl", self._ioctl))
+        self.useFixture(fixtures.MockPatchObject(fcntl, "ioctl", self._ioctl))
 
     def _ioctl(self, fd: int, request: int, buffer: bytearray) -> int:
         assert request == 0xC020660B
@@ -215,7 +215,7 @@ def test_extents_that_touch_are_one_unless_one_is_shared(file: pathlib.Path) -> 
     ]
 
 
-def test_a_file_without_extents_has_none(file: pathlib.Path) -> None:
+def test_file_without_extents_has_none(file: pathlib.Path) -> None:
     with Fiemap([]):
         assert fallocate.extents(str(file)) == []
 
@@ -232,13 +232,13 @@ def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) 
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
-def test_a_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(code)):
+def test_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(code)):
         assert fallocate.extents(str(file)) is None
 
 
 def test_any_other_fault_of_the_extent_map_is_an_error(file: pathlib.Path) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
         fallocate.extents(str(file))
 
 
@@ -273,27 +273,27 @@ def test_space_that_is_really_there_is_believed(file: pathlib.Path) -> None:
     assert supported(file, write) is True
 
 
-def test_a_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
+def test_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
     # As on ZFS.
     assert supported(file, lambda *arguments: None) is False
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
+def test_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is False
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
+def test_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is True
 
 
-def test_a_fault_is_not_an_answer(file: pathlib.Path) -> None:
+def test_fault_is_not_an_answer(file: pathlib.Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         supported(file, raises(errno.EIO))
 
 
-def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
+def test_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     modes: list[int] = []
 
     supported(file, lambda fd, mode, offset, length: modes.append(mode))
@@ -302,12 +302,12 @@ def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     assert modes == [1]
 
 
-def test_the_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
+def test_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
     with file.open("rb") as unwritable, pytest.raises(OSError, match="Bad file descriptor"):
         fallocate._fallocate(unwritable.fileno(), 0, 0, 4096)
 
 
-def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
+def test_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
     with file.open("wb") as disk:
         disk.seek(256 * units.Ki)
         disk.write(b"x" * 65536)
@@ -320,7 +320,7 @@ def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.P
     assert fallocate._holes(str(file)) == []
 
 
-def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
+def test_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
     # One that has come after the caller has looked.
     with opened_by_qemu(str(file)):
@@ -329,14 +329,14 @@ def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) 
     assert fallocate._holes(str(file)) != []
 
 
-def test_the_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
+def test_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
     with file.open("wb") as disk:
         disk.write(b"x" * 65536)
         disk.truncate(5 * units.Mi // 2)
     written: list[tuple[int, int]] = []
 
     class Watched(io.FileIO):
-        def write(self, data: bytes) -> int:
+        def write(self, data: bytes) -> int:  # type: ignore[override]  # all that is written here
             written.append((self.tell(), len(data)))
             return super().write(data)
 

@@ -61,11 +61,11 @@ def test_copy_on_write_makes_all_held_space_worthless() -> None:
     assert (disk.shortfall, disk.held, disk.state) == (WORST_CASE, False, "mapped")
 
 
-def test_a_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
+def test_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
     disk = image(clusters=10, mapped_clusters=10, held_size=WORST_CASE, snapshots=1)
 
     assert (disk.mapped, disk.state) == (False, "reserved")
 
 
-def test_a_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
+def test_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
     assert image(format="raw", held_size=WORST_CASE, copy_on_write=True).state == "thin"

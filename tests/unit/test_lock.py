@@ -34,27 +34,27 @@ def qemu_may_write(path: str) -> bool:
         return all(host.standing_lock(file.fileno(), byte) == fcntl.F_UNLCK for byte in (NO_WRITER, NO_RESIZER))
 
 
-def test_a_disk_that_nobody_has_is_not_in_use(disk: str) -> None:
+def test_disk_that_nobody_has_is_not_in_use(disk: str) -> None:
     assert lock.in_use(disk) is False
 
 
 @pytest.mark.parametrize("byte", [host.WRITES, host.RESIZES])
-def test_a_disk_that_qemu_may_write_or_resize_is_in_use(disk: str, byte: int) -> None:
+def test_disk_that_qemu_may_write_or_resize_is_in_use(disk: str, byte: int) -> None:
     with host.opened_by_qemu(disk, byte):
         assert lock.in_use(disk) is True
 
 
-def test_a_disk_that_qemu_only_reads_is_not_in_use(disk: str) -> None:
+def test_disk_that_qemu_only_reads_is_not_in_use(disk: str) -> None:
     with host.opened_by_qemu(disk, host.READS):
         assert lock.in_use(disk) is False
 
 
-def test_a_writer_is_refused(disk: str) -> None:
+def test_writer_is_refused(disk: str) -> None:
     with host.opened_by_qemu(disk), pytest.raises(exceptions.ImageInUse, match=disk):
         lock.refuse_writer(disk)
 
 
-def test_a_reader_is_not_refused(disk: str) -> None:
+def test_reader_is_not_refused(disk: str) -> None:
     with host.opened_by_qemu(disk, host.READS):
         lock.refuse_writer(disk)
 
@@ -84,7 +84,7 @@ def test_qemu_can_open_for_writing_after_an_error(disk: str) -> None:
     assert qemu_may_write(disk) is True
 
 
-def test_a_disk_with_a_writer_cannot_be_kept_from_writers(disk: str) -> None:
+def test_disk_with_a_writer_cannot_be_kept_from_writers(disk: str) -> None:
     with host.opened_by_qemu(disk):
         with pytest.raises(exceptions.ImageInUse), lock.no_writer(disk):
             pytest.fail("the block must not run")
@@ -108,7 +108,7 @@ def test_one_imgprealloc_alone_has_a_file(disk: str) -> None:
         assert lock.try_exclusive(second.fileno()) is False
 
 
-def test_the_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
+def test_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
     with open(disk, "r+b") as first:
         lock.try_exclusive(first.fileno())
 
@@ -132,20 +132,20 @@ def refusing(code: int) -> Callable[..., bytes]:
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, code: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(code)):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.in_use(disk) is False
         with lock.no_writer(disk), open(disk, "r+b") as file:
             assert lock.try_exclusive(file.fileno()) is True
 
 
 def test_any_other_fault_of_a_lock_is_an_error(disk: str) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
         lock.in_use(disk)
 
 
-def test_a_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(disk: str) -> None:
+def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(disk: str) -> None:
     with (
-        fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
         open(disk, "r+b") as file,
         pytest.raises(OSError, match="no locks"),
     ):

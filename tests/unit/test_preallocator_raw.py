@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import os
+from typing import Any
 
 from oslo_utils import units
 import pytest
@@ -36,21 +37,21 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
     ],
 )
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, int], changes: list[str], rewrite: bool) -> None:
+def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, Any], changes: list[str], rewrite: bool) -> None:
     image = RawPreallocator(mode).preallocate(host.raw(SIZE, **space), rewrite)
 
     assert host.changes == changes
     assert image.state == ("preallocated" if changes or space == {"held": SIZE} else "thin")
 
 
-def test_the_whole_file_is_reserved_and_no_more(host: Host) -> None:
+def test_whole_file_is_reserved_and_no_more(host: Host) -> None:
     RawPreallocator().preallocate(host.raw(SIZE))
 
     [call] = host.run("fallocate")
     assert (call.after("-o"), call.after("-l")) == ("0", str(SIZE))
 
 
-def test_a_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
+def test_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
     path = host.raw(SIZE)
     with open(path, "r+b") as disk:
         disk.seek(units.Mi)
@@ -139,7 +140,7 @@ def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str
     ("mode", "preallocation", "state"),
     [("falloc", "falloc", "preallocated"), ("full", "full", "preallocated"), ("metadata", "off", "thin")],
 )
-def test_a_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
+def test_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
     image = RawPreallocator(mode).create(host.path(), SIZE)
 
     assert (image.state, image.virtual_size) == (state, SIZE)
@@ -149,7 +150,7 @@ def test_a_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, p
     assert host.files == ["disk"]
 
 
-def test_a_raw_disk_has_no_backing_file(host: Host) -> None:
+def test_raw_disk_has_no_backing_file(host: Host) -> None:
     with pytest.raises(exceptions.UnsupportedFormat, match="no backing file"):
         RawPreallocator().create(host.path(), SIZE, host.base(SIZE))
 
@@ -160,7 +161,7 @@ def test_a_raw_disk_has_no_backing_file(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("mode", "preallocation"), [("falloc", "falloc"), ("full", "full"), ("metadata", "off")])
-def test_a_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
+def test_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
     image = RawPreallocator(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -169,7 +170,7 @@ def test_a_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str)
     assert image.state == ("thin" if mode == "metadata" else "preallocated")
 
 
-def test_a_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
+def test_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     path = host.raw(SIZE)
     host.then["resize"] = lambda: setattr(host.disk(path), "held", SIZE)
 
@@ -255,7 +256,7 @@ def test_space_that_another_takes_meanwhile_is_told_apart_too(host: Host) -> Non
 # In use.
 
 
-def test_a_disk_in_use_gets_its_space_because_that_changes_nothing_that_is_read(
+def test_disk_in_use_gets_its_space_because_that_changes_nothing_that_is_read(
     host: Host, opened: Callable[[str], object]
 ) -> None:
     path = host.raw(SIZE, held=SIZE, shared=4096)
@@ -274,7 +275,7 @@ def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str
     assert host.run("zeros") == []
 
 
-def test_a_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object]) -> None:
+def test_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object]) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
     opened(path)
@@ -285,7 +286,7 @@ def test_a_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], obje
     assert host.changes == []
 
 
-def test_a_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
+def test_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
     host.then["info"] = lambda: os.utime(path)

@@ -24,7 +24,7 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
 
 @pytest.mark.parametrize("on_unsupported", terms.ON_UNSUPPORTED)
 @pytest.mark.parametrize("mode", terms.MODES)
-def test_a_filesystem_that_holds_space_is_asked_for_the_mode_itself(host: Host, mode: str, on_unsupported: str) -> None:
+def test_filesystem_that_holds_space_is_asked_for_the_mode_itself(host: Host, mode: str, on_unsupported: str) -> None:
     assert terms.offered(host.path(), mode, on_unsupported) == Terms(mode, EXT4)
 
 
@@ -51,7 +51,7 @@ def test_falloc_is_refused_where_it_cannot_be_kept_and_no_fallback_is_wanted(hos
         terms.offered(host.path(), "falloc", "error")
 
 
-def test_the_fallback_is_one_warning_a_folder_and_debug_from_then_on(
+def test_fallback_is_one_warning_a_folder_and_debug_from_then_on(
     host: Host, logged: Callable[[int], list[str]]
 ) -> None:
     host.filesystem = NFS
@@ -97,7 +97,7 @@ def test_nocow_is_asked_for_where_there_is_such_a_thing(under: Filesystem, nocow
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_system_call_without_space_fails_like_a_program_without_space(code: int) -> None:
+def test_system_call_without_space_fails_like_a_program_without_space(code: int) -> None:
     with pytest.raises(exceptions.NoSpace) as caught, terms.os_errors("/d/disk"):
         raise OSError(code, os.strerror(code), "/d/disk.imgprealloc")
 
@@ -135,14 +135,14 @@ def test_what_to_do_next_fits_what_the_system_has_refused(code: int, remedy: str
     assert ("permissions" in caught.value.remedy) is (remedy == "permissions")
 
 
-def test_a_nul_in_a_path_is_an_error_with_the_disk_s_name() -> None:
+def test_nul_in_a_path_is_an_error_with_the_disk_s_name() -> None:
     with pytest.raises(exceptions.FileError, match="NUL") as caught, terms.os_errors("/d/a\0b"):
         os.stat("/d/a\0b")
 
     assert (caught.value.path, caught.value.errno) == ("/d/a\0b", errno.EINVAL)
 
 
-def test_a_nul_in_a_program_s_words_is_an_error_with_the_disk_s_name() -> None:
+def test_nul_in_a_program_s_words_is_an_error_with_the_disk_s_name() -> None:
     with pytest.raises(exceptions.FileError, match="NUL") as caught, terms.os_errors("/d/disk"):
         processutils.execute("true", "/d/ba\0se")
 

@@ -29,7 +29,7 @@ def said(answer: Any) -> Callable[..., str]:
     ("name", "read"),
     [("info", lambda: qemu_img.info(DISK, "qcow2")), ("check", lambda: qemu_img.check(DISK, "qcow2"))],
 )
-def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
+def test_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     programs: Programs, name: str, read: Callable[[], object]
 ) -> None:
     programs.answers[name] = said({})
@@ -47,7 +47,7 @@ def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     assert call.kwargs["env_variables"]["LC_ALL"] == "C"
 
 
-def test_a_check_leaves_the_backing_file_alone(programs: Programs) -> None:
+def test_check_leaves_the_backing_file_alone(programs: Programs) -> None:
     programs.answers["check"] = said({})
 
     qemu_img.check(DISK, "qcow2")
@@ -61,7 +61,7 @@ def test_a_check_leaves_the_backing_file_alone(programs: Programs) -> None:
     }
 
 
-def test_a_name_that_json_cannot_carry_is_given_as_it_is(programs: Programs) -> None:
+def test_name_that_json_cannot_carry_is_given_as_it_is(programs: Programs) -> None:
     programs.answers["check"] = said({})
     name = os.fsdecode(b"/instances/\xff/disk")
 
@@ -88,7 +88,7 @@ def test_check_answers_for_corrupt_and_for_leaking_images_too(programs: Programs
 
 
 @pytest.mark.parametrize("status", [1, 63])
-def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
+def test_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
     programs.ends("check", status)
 
     with pytest.raises(exceptions.CommandFailed):
@@ -108,7 +108,7 @@ def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status:
         ("measure", lambda: qemu_img.measure(DISK, 1, "qcow2", {})),
     ],
 )
-def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
+def test_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     programs: Programs, name: str, read: Callable[[], object], printed: str
 ) -> None:
     programs.answers[name] = said(printed)
@@ -119,7 +119,7 @@ def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     assert caught.value.path == DISK
 
 
-def test_a_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
+def test_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
     programs.answers["info"] = said("x" * 100_000)
 
     with pytest.raises(exceptions.BrokenImage) as caught:
@@ -152,7 +152,7 @@ def test_measure_with_nonsense_for_a_size_is_an_error(programs: Programs, wrong:
 
 
 @pytest.mark.parametrize("wrong", [None, -1, "1", 1.0, True, [1], {}])
-def test_a_number_is_a_count_and_nothing_else(wrong: object) -> None:
+def test_number_is_a_count_and_nothing_else(wrong: object) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"as 'a\.b'") as caught:
         qemu_img.number(DISK, {"a": {"b": wrong}}, "a", "b")
 
@@ -164,7 +164,7 @@ def test_zero_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": None}, {"a": "text"}, {"a": ["b"]}])
-def test_a_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
+def test_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"lacks 'a\.b'") as caught:
         qemu_img.value(DISK, answer, "a", "b")
 
@@ -293,14 +293,14 @@ def test_version_is_asked_once_a_process(programs: Programs) -> None:
     assert len(programs.calls) == 1
 
 
-def test_a_program_without_a_version_is_too_old(programs: Programs) -> None:
+def test_program_without_a_version_is_too_old(programs: Programs) -> None:
     programs.answers["--version"] = said("BusyBox")
 
     with pytest.raises(exceptions.QemuImgTooOld, match="BusyBox"):
         qemu_img.version()
 
 
-def test_a_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
+def test_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
     programs.answers["--version"] = said("qemu-img version 7.2.22")
     programs.ends("--version", 1)
     with pytest.raises(exceptions.CommandFailed):

@@ -41,14 +41,14 @@ def replace(disk: pathlib.Path, content: bytes = b"new") -> None:
 # The next disk.
 
 
-def test_the_new_file_becomes_the_disk(disk: pathlib.Path) -> None:
+def test_new_file_becomes_the_disk(disk: pathlib.Path) -> None:
     replace(disk)
 
     assert disk.read_bytes() == b"new"
     assert names(disk) == ["disk"]
 
 
-def test_the_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> None:
+def test_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     replace(disk)
@@ -57,7 +57,7 @@ def test_the_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> Non
     assert names(disk) == ["disk"]
 
 
-def test_the_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
+def test_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with replacement.new_disk(str(disk)) as new:
@@ -66,7 +66,7 @@ def test_the_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
         assert disk.read_bytes() == b"old"
 
 
-def test_the_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Programs, disk: pathlib.Path) -> None:
+def test_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Programs, disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     seen: list[bytes] = []
     programs.then["sync"] = lambda: seen.append(disk.read_bytes())
@@ -77,10 +77,10 @@ def test_the_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Pro
     assert seen == [b"old"]
 
 
-def test_the_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
+def test_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
     synced: list[tuple[bool, list[str]]] = []
     with fixtures.MockPatchObject(
-        replacement.os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
+        os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
     ):
         replace(disk)
 
@@ -88,7 +88,7 @@ def test_the_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_an_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.Path, existed: bool) -> None:
+def test_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.Path, existed: bool) -> None:
     if existed:
         disk.write_bytes(b"old")
 
@@ -100,7 +100,7 @@ def test_an_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.
     assert not existed or disk.read_bytes() == b"old"
 
 
-def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Path) -> None:
+def test_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     def judge(new: str) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Pa
     assert names(disk) == ["disk"]
 
 
-def test_a_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs, disk: pathlib.Path) -> None:
+def test_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs, disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     # Clocks of filesystems tick slowly.
     os.utime(disk, (0, 0))
@@ -129,7 +129,7 @@ def test_a_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs,
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
+def test_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
     if existed:
         disk.write_bytes(b"old")
     programs.ends("sync", 1, "sync: error syncing: Input/output error")
@@ -170,7 +170,7 @@ def test_space_without_content_that_a_crash_has_left_is_given_back(disk: pathlib
         assert not os.path.samefile(new, disk.parent / "witness")
 
 
-def test_a_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) -> None:
+def test_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) -> None:
     with replacement.new_disk(str(disk)) as new:
         pathlib.Path(new).write_bytes(b"first")
         with pytest.raises(exceptions.ImageInUse, match="another imgprealloc"):
@@ -180,7 +180,7 @@ def test_a_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) ->
     assert disk.read_bytes() == b"first"
 
 
-def test_a_claim_that_was_lost_while_it_was_made_is_made_again(disk: pathlib.Path) -> None:
+def test_claim_that_was_lost_while_it_was_made_is_made_again(disk: pathlib.Path) -> None:
     # Another imgprealloc, done between our open and our lock, has renamed or removed what we opened.
     attempts: list[int] = []
 
@@ -208,7 +208,7 @@ def test_what_another_imgprealloc_has_just_taken_away_is_not_missed(disk: pathli
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return real(path, flags, *mode)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late):
+    with fixtures.MockPatchObject(os, "open", late):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -233,7 +233,7 @@ def test_what_has_come_in_the_place_of_a_crash_s_remains_is_left_to_its_owner(di
     assert temporary.read_bytes() == b"another's"
 
 
-def test_a_link_in_the_place_of_the_new_file_is_not_followed(disk: pathlib.Path) -> None:
+def test_link_in_the_place_of_the_new_file_is_not_followed(disk: pathlib.Path) -> None:
     victim = disk.parent / "victim"
     victim.write_bytes(b"precious")
     (disk.parent / TEMPORARY).symlink_to(victim)
@@ -247,7 +247,7 @@ def test_a_link_in_the_place_of_the_new_file_is_not_followed(disk: pathlib.Path)
     assert victim.read_bytes() == b"precious"
 
 
-def test_a_disk_that_qemu_writes_is_not_replaced(disk: pathlib.Path) -> None:
+def test_disk_that_qemu_writes_is_not_replaced(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with hosts.opened_by_qemu(str(disk)), pytest.raises(exceptions.ImageInUse):
@@ -265,7 +265,7 @@ def test_qemu_cannot_start_to_write_a_disk_that_is_being_replaced(disk: pathlib.
         assert hosts.standing_lock(file.fileno(), 201) != fcntl.F_UNLCK
 
 
-def test_a_symbolic_link_is_refused(disk: pathlib.Path) -> None:
+def test_symbolic_link_is_refused(disk: pathlib.Path) -> None:
     target = disk.parent / "elsewhere"
     target.write_bytes(b"old")
     disk.symlink_to(target)
@@ -277,7 +277,7 @@ def test_a_symbolic_link_is_refused(disk: pathlib.Path) -> None:
     assert target.read_bytes() == b"old"
 
 
-def test_a_symbolic_link_to_nowhere_is_refused(disk: pathlib.Path) -> None:
+def test_symbolic_link_to_nowhere_is_refused(disk: pathlib.Path) -> None:
     disk.symlink_to(disk.parent / "nowhere")
 
     with pytest.raises(exceptions.UnsupportedFormat, match="is a link"):
@@ -286,7 +286,7 @@ def test_a_symbolic_link_to_nowhere_is_refused(disk: pathlib.Path) -> None:
     assert names(disk) == ["disk"]
 
 
-def test_a_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
+def test_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     os.link(disk, disk.parent / "second")
 
@@ -304,14 +304,14 @@ def half_published(disk: pathlib.Path) -> pathlib.Path:
     return disk
 
 
-def test_a_second_name_that_a_crash_of_ours_has_left_is_taken_away(half_published: pathlib.Path) -> None:
+def test_second_name_that_a_crash_of_ours_has_left_is_taken_away(half_published: pathlib.Path) -> None:
     replace(half_published)
 
     assert half_published.read_bytes() == b"new"
     assert names(half_published) == ["disk"]
 
 
-def test_a_second_name_that_another_imgprealloc_is_about_to_take_away_is_left_to_it(
+def test_second_name_that_another_imgprealloc_is_about_to_take_away_is_left_to_it(
     half_published: pathlib.Path,
 ) -> None:
     with half_published.open("r+b") as file:
@@ -324,7 +324,7 @@ def test_a_second_name_that_another_imgprealloc_is_about_to_take_away_is_left_to
     assert names(half_published) == ["disk", TEMPORARY]
 
 
-def test_a_disk_with_a_third_name_is_still_refused(half_published: pathlib.Path) -> None:
+def test_disk_with_a_third_name_is_still_refused(half_published: pathlib.Path) -> None:
     os.link(half_published, half_published.parent / "third")
 
     with pytest.raises(exceptions.UnsupportedFormat, match="second name"):
@@ -333,7 +333,7 @@ def test_a_disk_with_a_third_name_is_still_refused(half_published: pathlib.Path)
     assert half_published.read_bytes() == b"old"
 
 
-def test_a_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -> None:
+def test_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -> None:
     with pytest.raises(exceptions.DiskExists, match="meanwhile"), replacement.new_disk(str(disk)):
         disk.write_bytes(b"somebody else's")
 
@@ -342,7 +342,7 @@ def test_a_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o660, 0o1644])
-def test_the_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int) -> None:
+def test_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int) -> None:
     disk.write_bytes(b"old")
     disk.chmod(mode)
 
@@ -365,7 +365,7 @@ def test_nobody_else_can_open_the_new_file_before_it_has_the_mode_of_the_old_one
     assert modes == [0o600]
 
 
-def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:
+def test_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     try:
         os.setxattr(disk, "user.imgprealloc", b"kept")
@@ -378,7 +378,7 @@ def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.P
 
 
 @pytest.mark.parametrize(("owner", "changed"), [((107, 108), [(107, 108)]), (None, [])])
-def test_the_new_disk_has_the_owner_of_the_old_one(
+def test_new_disk_has_the_owner_of_the_old_one(
     disk: pathlib.Path, owner: tuple[int, int] | None, changed: list[tuple[int, int]]
 ) -> None:
     # chown is root's, so that it is only looked at here; and not tried where it is not needed.
@@ -393,8 +393,8 @@ def test_the_new_disk_has_the_owner_of_the_old_one(
         return os.stat_result((*status[:4], *owner, *status[6:]))
 
     with (
-        fixtures.MockPatchObject(replacement.os, "stat", owned),
-        fixtures.MockPatchObject(replacement.os, "fchown", lambda fd, *ids: seen.append(ids)),
+        fixtures.MockPatchObject(os, "stat", owned),
+        fixtures.MockPatchObject(os, "fchown", lambda fd, *ids: seen.append(ids)),
     ):
         replace(disk)
 
