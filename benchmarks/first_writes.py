@@ -27,8 +27,6 @@ import time
 import ground
 import nova_disks
 
-from imgprealloc import RawPreallocator
-
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
 _DISK_SIZE = 1024 * _MIB
@@ -62,9 +60,9 @@ def subjects(instances_path: str, base: str) -> list[Subject]:
     def stock_overlay() -> str:
         return str(stock.spawn(base, _DISK_SIZE).path)
 
-    def raw(mode: str) -> str:
+    def raw(mode: Mode) -> str:
         path = os.path.join(ours.instances_path, ours.instance().uuid, "disk")
-        return RawPreallocator(mode).create(path, _DISK_SIZE).path
+        return Preallocator(mode).create(path, _DISK_SIZE, format="raw").path
 
     def overlay(mode: str) -> str:
         return str(ours.spawn(base, _DISK_SIZE, **{"imgprealloc:mode": mode}).path)

@@ -29,7 +29,7 @@ import loop_filesystem
 import psutil
 
 from imgprealloc import PreallocationError
-from imgprealloc import Qcow2Preallocator
+from imgprealloc import Preallocator
 
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
@@ -105,7 +105,7 @@ def observe(name: str, preallocated: bool, kind: str, base: str, guest: Guest) -
     # Only now: Nova is slow to import, and prints a warning when it is.
     import nova_disks
 
-    reader = Qcow2Preallocator()
+    reader = Preallocator()
     print(f"\n{name}:")
     with whole(loop_filesystem.mounted(kind, _FILESYSTEM_SIZE)) as mount_point:
         try:

@@ -36,7 +36,7 @@ def test_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_file
     for name, disk in server.launch.disks.items():
         assert disk.state == "preallocated"
         assert disk.file_size == written[name].file_size
-        assert disk.modified == written[name].modified
+        assert disk.stamp.modified == written[name].stamp.modified
     said = server.wait_for_guest()
     assert FOUND in said
     assert said[-1] == DONE

@@ -49,7 +49,7 @@ def test_guest_changes_no_block_of_a_disk_that_was_written_for_it(start_cloud: C
     assert server.wait_for_guest()[-1] == "done, 0 failed"
     before, after = server.launch.disks["vda"], server.disks()["vda"]
     assert before.state == "preallocated"
-    assert after == dataclasses.replace(before, in_use=True, modified=after.modified)
+    assert after == dataclasses.replace(before, in_use=True, stamp=after.stamp)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import images
 import pytest
 
 from functional.modes import MODES
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
-from imgprealloc import Qcow2Preallocator
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -155,7 +154,7 @@ def test_disk_of_no_size_at_all_has_nothing_to_preallocate(folder: pathlib.Path)
 
 
 def test_qcow2_strategy_needs_not_be_told_the_format(folder: pathlib.Path) -> None:
-    image = Qcow2Preallocator().create(folder / "disk", 32 * MiB)
+    image = Preallocator().create(folder / "disk", 32 * MiB)
 
     assert image.format == "qcow2"
 

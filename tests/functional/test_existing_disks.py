@@ -11,7 +11,7 @@ import images
 import pytest
 
 from functional import kinds
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -53,7 +53,7 @@ def test_disk_with_data_is_reserved(disk: pathlib.Path, mode: Mode) -> None:
 def test_disk_with_data_reads_the_same_afterwards(
     disk: pathlib.Path, copy: pathlib.Path, mode: Mode, rewrite: bool
 ) -> None:
-    Preallocator(mode).preallocate(disk, rewrite, format="qcow2")
+    Preallocator(mode).preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
@@ -66,7 +66,7 @@ def test_disk_that_has_to_stay_in_place_is_the_same_file_afterwards(
     path = used(folder / "disk", base) if written else images.qcow2(folder / "disk", 32 * MiB, backing=base)
     before = os.stat(path).st_ino, images.file_digest(path)
 
-    image = Preallocator().preallocate(path, rewrite, in_place=True, format="qcow2")
+    image = Preallocator().preallocate(path, existing="reserve", format="qcow2")
 
     assert (image.state, image.shortfall) == ("reserved", 0)
     assert (os.stat(path).st_ino, images.file_digest(path)) == before
@@ -103,7 +103,7 @@ def test_mode_metadata_leaves_a_disk_with_data_alone(disk: pathlib.Path) -> None
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 def test_rewritten_disk_has_every_cluster_mapped(disk: pathlib.Path, mode: Mode) -> None:
-    Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator(mode).preallocate(disk, existing="rewrite", format="qcow2")
 
     found = images.check(disk)
     assert found["allocated-clusters"] == found["total-clusters"]
@@ -111,13 +111,13 @@ def test_rewritten_disk_has_every_cluster_mapped(disk: pathlib.Path, mode: Mode)
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 def test_rewriting_gives_the_state_that_the_mode_promises(disk: pathlib.Path, mode: Mode) -> None:
-    image = Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator(mode).preallocate(disk, existing="rewrite", format="qcow2")
 
     assert image.state == ("mapped" if mode == "metadata" else "preallocated")
 
 
 def test_rewritten_disk_keeps_its_base(disk: pathlib.Path, base: pathlib.Path) -> None:
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.backing_format) == (str(base), "raw")
 
@@ -125,16 +125,16 @@ def test_rewritten_disk_keeps_its_base(disk: pathlib.Path, base: pathlib.Path) -
 def test_relative_name_of_the_base_stays_relative_when_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = used(folder / "disk", base.name)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.state) == (base.name, "preallocated")
 
 
 def test_rewriting_again_writes_nothing(disk: pathlib.Path) -> None:
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     before = images.identity(disk)
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert images.identity(disk) == before
 
@@ -142,7 +142,7 @@ def test_rewriting_again_writes_nothing(disk: pathlib.Path) -> None:
 def test_reserved_disk_can_still_be_rewritten(disk: pathlib.Path, copy: pathlib.Path) -> None:
     Preallocator().preallocate(disk, format="qcow2")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
@@ -153,7 +153,7 @@ def test_rewritten_disk_over_an_odd_base_reads_the_same(folder: pathlib.Path, ba
     disk = used(folder / "disk", base)
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert not images.differences(disk, copy)
 
@@ -163,7 +163,7 @@ def test_rewritten_disk_of_an_odd_size_reads_the_same(folder: pathlib.Path, base
     images.qemu_io(disk, f"write -P 0x55 {20 * MiB} 512")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert not images.differences(disk, copy)
 
@@ -171,7 +171,7 @@ def test_rewritten_disk_of_an_odd_size_reads_the_same(folder: pathlib.Path, base
 def test_disk_without_a_base_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2_of(folder / "disk", base)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, base, other_format="raw")) == ("preallocated", "")
 
@@ -180,7 +180,7 @@ def test_rewriting_in_mode_falloc_writes_no_more_than_was_written(folder: pathli
     disk = images.qcow2(folder / "disk", 256 * MiB)
     images.qemu_io(disk, "write -P 0x11 3M 1M")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert images.unwritten(disk) >= 250 * MiB
 
@@ -190,7 +190,7 @@ def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder: pathlib.Path)
     images.qemu_io(disk, "write -P 0x11 3M 1M")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
@@ -217,7 +217,7 @@ def test_zeroed_clusters_keep_hiding_the_base(
     images.qemu_io(disk, f"write -z {where}")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
@@ -229,7 +229,7 @@ def test_clusters_of_zeros_are_mapped_when_the_disk_is_rewritten(
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, write)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, image.mapped_clusters) == ("preallocated", image.clusters)
 
@@ -240,7 +240,7 @@ def test_zeroed_subclusters_keep_hiding_the_base(folder: pathlib.Path, base: pat
     images.qemu_io(disk, "write -z 3M 4k", "write -z 5M 8k")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
@@ -267,7 +267,7 @@ def test_discarded_clusters_keep_hiding_the_base(folder: pathlib.Path, base: pat
     images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 3M 1M", disk)
     copy = shutil.copyfile(disk, folder / "copy")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
@@ -349,7 +349,7 @@ def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder: pathli
 def test_internal_snapshot_is_kept(disk: pathlib.Path, rewrite: bool) -> None:
     images.run("qemu-img", "snapshot", "-c", "kept", disk)
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert [snapshot["name"] for snapshot in images.info(disk)["snapshots"]] == ["kept"]
 
@@ -376,7 +376,7 @@ def test_disk_with_an_internal_snapshot_is_never_called_preallocated(folder: pat
 def test_dirty_bitmap_is_kept(disk: pathlib.Path, rewrite: bool) -> None:
     images.run("qemu-img", "bitmap", "-f", "qcow2", "--add", disk, "kept")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert [found["name"] for found in images.info(disk)["format-specific"]["data"]["bitmaps"]] == ["kept"]
 
@@ -404,7 +404,7 @@ def test_compressed_disk_reads_the_same(folder: pathlib.Path, rewrite: bool, sta
     source = _compressible(folder)
     disk = images.qcow2_of(folder / "disk", source, "-c")
 
-    image = Preallocator().preallocate(disk, rewrite, format="qcow2")
+    image = Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert (image.state, images.differences(disk, source, other_format="raw")) == (state, "")
 

@@ -13,7 +13,8 @@ import images
 import pytest
 
 from functional import kinds
-from functional.modes import Mode
+from imgprealloc import Mode
+from imgprealloc import OnUnsupported
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -85,7 +86,7 @@ def test_disk_with_data_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -
     for either in (disk, plain):
         images.qemu_io(either, "write -P 0x5a 3M 1M")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
 
@@ -159,7 +160,7 @@ def test_disk_that_is_copied_on_write_is_rewritten(folder: pathlib.Path, format:
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
     before = images.digest(folder / "disk", format)
 
-    image = Preallocator(mode).preallocate(folder / "disk", rewrite=True, format=format)
+    image = Preallocator(mode).preallocate(folder / "disk", existing="rewrite", format=format)
 
     assert (image.state, nocow(folder / "disk"), images.digest(folder / "disk", format)) == (
         "preallocated",
@@ -197,6 +198,7 @@ def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
     before = images.file_digest(folder / "disk")
 
+    state: str
     try:
         state = Preallocator().preallocate(folder / "disk", format="raw").state
     except exceptions.PreallocationError:
@@ -232,7 +234,9 @@ def test_fallback_to_full_gives_a_new_disk_all_its_space(folder: pathlib.Path, f
 
 @kinds.without_fallocate
 @pytest.mark.parametrize("on_unsupported", ["metadata", "full"])
-def test_fallback_lets_the_base_show_through(folder: pathlib.Path, base: pathlib.Path, on_unsupported: str) -> None:
+def test_fallback_lets_the_base_show_through(
+    folder: pathlib.Path, base: pathlib.Path, on_unsupported: OnUnsupported
+) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
 
     Preallocator(on_unsupported=on_unsupported).preallocate(disk, format="qcow2")

@@ -14,8 +14,6 @@ import images
 import pytest
 
 from imgprealloc import Preallocator
-from imgprealloc import Qcow2Preallocator
-from imgprealloc import RawPreallocator
 from imgprealloc import exceptions
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -26,7 +24,7 @@ Damage = Callable[[pathlib.Path], None]
 VERBS: dict[str, Verb] = {
     "inspect": lambda strategy, path, **named: strategy.inspect(path, **named),
     "preallocate": lambda strategy, path, **named: strategy.preallocate(path, **named),
-    "rewrite": lambda strategy, path, **named: strategy.preallocate(path, rewrite=True, **named),
+    "rewrite": lambda strategy, path, **named: strategy.preallocate(path, existing="rewrite", **named),
     "resize": lambda strategy, path, **named: strategy.resize(path, 64 * MiB, **named),
 }
 
@@ -66,7 +64,7 @@ def test_strategy_for_one_format_refuses_the_other(folder: pathlib.Path) -> None
     images.sparse_file(folder / "disk", MiB)
 
     with pytest.raises(exceptions.UnsupportedFormat):
-        Qcow2Preallocator().preallocate(folder / "disk", format="raw")
+        Preallocator().preallocate(folder / "disk", format="raw")
 
 
 def test_qcow2_file_that_is_said_to_be_raw_is_taken_for_raw(folder: pathlib.Path) -> None:
@@ -81,7 +79,7 @@ def test_qcow2_file_that_is_said_to_be_raw_keeps_its_bytes(folder: pathlib.Path)
     disk = images.qcow2(folder / "disk", 64 * MiB)
     before = images.file_digest(disk)
 
-    RawPreallocator().preallocate(disk)
+    Preallocator().preallocate(disk, format="raw")
 
     assert images.file_digest(disk) == before
 
@@ -114,7 +112,7 @@ def test_disguised_raw_disk_keeps_its_bytes_where_nobody_names_the_format(
 ) -> None:
     before = images.file_digest(disguised)
 
-    Preallocator().preallocate(disguised, rewrite)
+    Preallocator().preallocate(disguised, "rewrite" if rewrite else "recreate_blank")
 
     assert images.file_digest(disguised) == before
 
@@ -192,7 +190,7 @@ def test_image_with_a_data_file_is_untouched(data_file: pathlib.Path) -> None:
     before = images.identity(data_file)
 
     with pytest.raises(exceptions.UnsupportedFormat):
-        Preallocator().preallocate(data_file, rewrite=True, format="qcow2")
+        Preallocator().preallocate(data_file, existing="rewrite", format="qcow2")
 
     assert images.identity(data_file) == before
 
@@ -229,7 +227,7 @@ def test_encrypted_image_is_untouched(encrypted: pathlib.Path) -> None:
     before = images.identity(encrypted)
 
     with pytest.raises(exceptions.UnsupportedFormat):
-        Preallocator().preallocate(encrypted, rewrite=True, format="qcow2")
+        Preallocator().preallocate(encrypted, existing="rewrite", format="qcow2")
 
     assert images.identity(encrypted) == before
 
@@ -322,7 +320,7 @@ def test_broken_image_is_untouched(broken: pathlib.Path) -> None:
     before = images.identity(broken), images.file_digest(broken)
 
     with pytest.raises(exceptions.PreallocationError):
-        Preallocator().preallocate(broken, rewrite=True, format="qcow2")
+        Preallocator().preallocate(broken, existing="rewrite", format="qcow2")
 
     assert (images.identity(broken), images.file_digest(broken)) == before
 
@@ -346,7 +344,7 @@ def test_image_with_leaked_clusters_only_is_not_called_broken(folder: pathlib.Pa
         file.seek(l2_offset)
         file.write(bytes(8))
 
-    assert Preallocator().preallocate(disk, rewrite=True, format="qcow2").state == "preallocated"
+    assert Preallocator().preallocate(disk, existing="rewrite", format="qcow2").state == "preallocated"
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
@@ -357,7 +355,7 @@ def test_image_that_waits_for_its_repair_is_refused_and_untouched(folder: pathli
     before = images.identity(disk)
 
     with pytest.raises(exceptions.BrokenImage, match="check -r"):
-        Preallocator().preallocate(disk, rewrite, format="qcow2")
+        Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert images.identity(disk) == before
 

@@ -128,7 +128,7 @@ def test_rewritten_overlay_keeps_the_name_of_its_base(folder: pathlib.Path, name
     for either in (disk, plain):
         images.qemu_io(either, "write -P 0x5a 3M 1M")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.state, images.differences(disk, plain)) == (name, "preallocated", "")
 

@@ -15,10 +15,12 @@ from oslo_concurrency import processutils
 import pytest
 
 from functional import kinds
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
-from imgprealloc import terms
+from imgprealloc import format
+from imgprealloc import qcow2
+from imgprealloc import raw
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -44,7 +46,7 @@ def preallocate_blank(strategy: Preallocator, folder: pathlib.Path) -> None:
 
 
 def rewrite(strategy: Preallocator, folder: pathlib.Path) -> None:
-    strategy.preallocate(folder / "used", rewrite=True, format="qcow2")
+    strategy.preallocate(folder / "used", existing="rewrite", format="qcow2")
 
 
 def reserve(strategy: Preallocator, folder: pathlib.Path) -> None:
@@ -100,7 +102,8 @@ def small(kind: str, disks: pathlib.Path) -> Iterator[pathlib.Path]:
 @pytest.fixture
 def taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the space seem to be there when it is asked for, as if another process had taken it just then."""
-    monkeypatch.setattr(terms, "require_space", lambda path, needed: None)
+    for module in (format, raw, qcow2):
+        monkeypatch.setattr(module, "require_space", lambda place, needed: None)
 
 
 def files_in(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

@@ -11,7 +11,7 @@ import pytest
 
 from functional.modes import MODES
 from functional.modes import SPACE_MODES
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 
 KiB, MiB = 1 << 10, 1 << 20

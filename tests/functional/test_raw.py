@@ -10,9 +10,8 @@ import images
 import pytest
 
 from functional import kinds
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
-from imgprealloc import RawPreallocator
 from imgprealloc import exceptions
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -55,33 +54,33 @@ def test_created_disk_takes_all_its_space(folder: pathlib.Path) -> None:
 def test_created_disk_reads_as_zeros(folder: pathlib.Path) -> None:
     zeros = images.sparse_file(folder / "zeros", 16 * MiB)
 
-    RawPreallocator().create(folder / "disk", 16 * MiB)
+    Preallocator().create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.file_digest(folder / "disk") == images.file_digest(zeros)
 
 
 @pytest.mark.parametrize("size", [1, 100, 513, 4097, 16 * MiB + 100])
 def test_created_disk_of_no_whole_sectors_is_preallocated(folder: pathlib.Path, size: int) -> None:
-    image = RawPreallocator().create(folder / "disk", size)
+    image = Preallocator().create(folder / "disk", size, format="raw")
 
     assert (image.state, image.virtual_size) == ("preallocated", -(-size // 512) * 512)
 
 
 def test_mode_metadata_creates_a_thin_disk(folder: pathlib.Path) -> None:
-    image = RawPreallocator("metadata").create(folder / "disk", 16 * MiB)
+    image = Preallocator("metadata").create(folder / "disk", 16 * MiB, format="raw")
 
     # QEMU writes a first block, to find out how it is to be aligned.
     assert (image.state, image.shortfall) == ("thin", 16 * MiB - 4096)
 
 
 def test_mode_full_creates_a_disk_that_is_written(folder: pathlib.Path) -> None:
-    RawPreallocator("full").create(folder / "disk", 16 * MiB)
+    Preallocator("full").create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.unwritten(folder / "disk") == 0
 
 
 def test_mode_falloc_creates_a_disk_that_is_not_written(folder: pathlib.Path) -> None:
-    RawPreallocator("falloc").create(folder / "disk", 16 * MiB)
+    Preallocator("falloc").create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.unwritten(folder / "disk") >= 16 * MiB - 4096
 

@@ -84,7 +84,7 @@ def test_attributes_of_a_rewritten_disk_are_kept(used: pathlib.Path) -> None:
     used.chmod(0o640)
     os.chown(used, 64055, 108)
 
-    Preallocator().preallocate(used, rewrite=True, format="qcow2")
+    Preallocator().preallocate(used, existing="rewrite", format="qcow2")
 
     assert (used.stat().st_mode & 0o7777, used.stat().st_uid, used.stat().st_gid) == (0o640, 64055, 108)
 
@@ -273,7 +273,7 @@ def test_rewritten_disk_is_untouched_by_a_crash_in_the_middle(folder: pathlib.Pa
     os.truncate(source, 1024 * MiB)
     disk = images.qcow2_of(folder / "disk", source)
     before = images.identity(disk)
-    process = started("preallocate('disk', rewrite=True, format='qcow2')", folder)
+    process = started("preallocate('disk', existing='rewrite', format='qcow2')", folder)
     wait_for(process, in_the_making(folder / TEMPORARY))
 
     crash(process)
@@ -409,7 +409,7 @@ def test_disk_without_data_that_a_guest_has_is_not_replaced(thin: pathlib.Path) 
 
 def test_disk_with_data_that_a_guest_has_is_not_rewritten(used: pathlib.Path) -> None:
     with images.guest(used), pytest.raises(exceptions.ImageInUse):
-        Preallocator().preallocate(used, rewrite=True, format="qcow2")
+        Preallocator().preallocate(used, existing="rewrite", format="qcow2")
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])

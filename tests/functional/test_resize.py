@@ -16,7 +16,7 @@ import pytest
 
 from functional import kinds
 from functional.modes import MODES
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -197,7 +197,8 @@ def test_overlay_that_grows_again_and_again_stays_preallocated(pair: MakePair) -
 def test_overlay_can_be_grown_in_a_mode_of_its_own_each_time(pair: MakePair) -> None:
     disk, plain = pair(8 * MiB + 300, 4 * MiB + 512, "metadata")
 
-    for mode, size in (("full", 9 * MiB), ("metadata", 12 * MiB + 512), ("falloc", 16 * MiB)):
+    sizes: dict[Mode, int] = {"full": 9 * MiB, "metadata": 12 * MiB + 512, "falloc": 16 * MiB}
+    for mode, size in sizes.items():
         Preallocator(mode).resize(disk, size, format="qcow2")
         grow_plainly(plain, size)
 
@@ -256,7 +257,7 @@ def test_disk_without_a_base_keeps_its_content(folder: pathlib.Path, old: int, n
     disk, plain = images.qcow2(folder / "disk", old), images.qcow2(folder / "plain", old)
     for either in (disk, plain):
         images.qemu_io(either, f"write -P 0xa5 {old - 512} 512")
-    Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator(mode).preallocate(disk, existing="rewrite", format="qcow2")
     grow_plainly(plain, new)
 
     Preallocator(mode).resize(disk, new, format="qcow2")
@@ -400,7 +401,7 @@ def test_overlay_without_data_that_grew_is_preallocated_then(folder: pathlib.Pat
     grow_plainly(plain, 20 * MiB)
     Preallocator().resize(disk, 20 * MiB, format="qcow2")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
 

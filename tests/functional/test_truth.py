@@ -17,9 +17,8 @@ import loop_filesystem
 import pytest
 
 from functional import kinds
-from functional.modes import Mode
+from imgprealloc import Mode
 from imgprealloc import Preallocator
-from imgprealloc import RawPreallocator
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -144,7 +143,7 @@ def test_guest_writes_its_whole_overlay_after_a_sparse_copy_was_healed(tight: pa
 def test_guest_writes_its_whole_disk_after_it_was_rewritten(tight: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 700k", "write -P 0x5a 30M 1M")
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     full(tight)
     before = size_and_blocks(disk)
 
@@ -161,7 +160,7 @@ def test_guest_writes_its_rewritten_disk_beyond_the_base_in_sectors(
     # wants some space left, as for zeros in the base; see the limits below.
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 700k")
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     loop_filesystem.fill(str(tight), leave=2 * MiB if kind == "xfs" else 0)
     before = disk.stat().st_size
 
@@ -266,7 +265,7 @@ def test_guest_writes_its_whole_disk_that_was_reserved_while_compressed(tight: p
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 def test_guest_writes_its_whole_raw_disk(tight: pathlib.Path, mode: Mode) -> None:
-    RawPreallocator(mode).create(tight / "disk", SIZE)
+    Preallocator(mode).create(tight / "disk", SIZE, format="raw")
     full(tight)
     before = size_and_blocks(tight / "disk")
 
@@ -282,7 +281,7 @@ def test_guest_writes_its_whole_raw_disk_that_novas_cp_copied(
 ) -> None:
     images.run("cp", "-r", base, tight / "disk")
     os.truncate(tight / "disk", SIZE)
-    RawPreallocator(mode).preallocate(tight / "disk")
+    Preallocator(mode).preallocate(tight / "disk", format="raw")
     full(tight)
     before = size_and_blocks(tight / "disk")
 

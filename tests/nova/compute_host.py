@@ -389,13 +389,18 @@ def in_use(path: str, format: str) -> Iterator[None]:
     command = ["qemu-io", "-f", format, "-c", "write -P 9 1M 64k", "-c", "sleep 600000", path]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as guest:
         try:
-            while not lock.in_use(path):
+            while not _has_writer(path):
                 assert guest.poll() is None
                 time.sleep(0.01)
             yield
         finally:
-            assert lock.in_use(path)
+            assert _has_writer(path)
             guest.kill()
+
+
+def _has_writer(path: str) -> bool:
+    with open(path, "rb") as file:
+        return lock.has_writer(file.fileno())
 
 
 def block_devices() -> dict[str, Any]:

@@ -25,7 +25,8 @@ import nova_disks
 from oslo_utils import units
 import pytest
 
-from imgprealloc import terms
+from imgprealloc import log
+from imgprealloc import record
 import imgprealloc.nova
 
 
@@ -51,7 +52,8 @@ def small_base(room: str) -> str:
 @pytest.fixture
 def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., nova_disks.Disks]]:
     """Make Disks of either kind, with any options; the instances are removed afterwards."""
-    terms._warned.clear()
+    log.forget()
+    record.forget()
     imgprealloc.nova._base_sizes.clear()
     made: list[str] = []
 

@@ -24,6 +24,7 @@ import pytest
 import imgprealloc
 from imgprealloc import fallocate
 from imgprealloc import qcow2_header
+from imgprealloc import record
 import imgprealloc.nova
 from nova import exception
 
@@ -299,7 +300,7 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
     image = made.spawn(small_base, units.Gi, image_type="raw")
     compute_host.write_qcow2_to(image.path, with_data=False)
     if arriving_as is not None:
-        monkeypatch.setitem(imgprealloc.nova._arriving_formats, image.path, arriving_as)
+        monkeypatch.setitem(record._source_host, (os.path.basename(os.path.dirname(image.path)), "disk"), arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
 
     with contextlib.suppress(processutils.ProcessExecutionError):
@@ -422,11 +423,11 @@ def test_disk_that_may_not_be_read_is_left_to_nova(
     made = disks()
     image = made.spawn(small_base, units.Gi)
 
-    def forbidden(path: str) -> None:
+    def forbidden(path: str, *_: Any) -> None:
         # Root may read everything here.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(qcow2_header, "require", forbidden)
+    monkeypatch.setattr(qcow2_header, "virtual_size", forbidden)
     made.cache(image, small_base, units.Gi)
 
     assert f"{image.path}: not preallocated" in caplog.text

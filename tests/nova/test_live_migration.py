@@ -17,6 +17,7 @@ from oslo_concurrency import processutils
 import pytest
 
 import imgprealloc
+from imgprealloc import healing
 import imgprealloc.nova
 
 
@@ -149,7 +150,7 @@ def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
 def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]) -> None:
     node = host(imgprealloc__mode="full", imgprealloc__on_unsupported="full")
 
-    strategy = imgprealloc.nova._preallocator(node.instance(), running=True)
+    strategy = healing.for_running_guest(imgprealloc.nova._preallocator(node.instance()))
 
     assert (strategy.mode, strategy.on_unsupported) == ("falloc", "metadata")
 

@@ -757,7 +757,9 @@ def test_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Host
     [
         pytest.param(lambda p, host: p.create(host.path("new"), SIZE), SIZE, id="create"),
         pytest.param(lambda p, host: p.preallocate(host.overlay()), SIZE, id="blank"),
-        pytest.param(lambda p, host: p.preallocate(host.overlay(mapped=0.5), existing="rewrite"), SIZE // 2, id="rewrite"),
+        pytest.param(
+            lambda p, host: p.preallocate(host.overlay(mapped=0.5), existing="rewrite"), SIZE // 2, id="rewrite"
+        ),
         pytest.param(lambda p, host: p.preallocate(host.overlay(mapped=0.5)), SIZE // 2, id="reserve"),
         pytest.param(lambda p, host: p.preallocate(host.qcow2(mapped=1.0, held=0)), SIZE, id="mapped"),
         pytest.param(lambda p, host: p.resize(host.qcow2(mapped=1.0), 2 * SIZE), SIZE, id="resize"),
