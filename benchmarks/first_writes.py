@@ -27,13 +27,16 @@ import time
 import ground
 import nova_disks
 
+from imgprealloc import Mode
+from imgprealloc import Preallocator
+
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
 _DISK_SIZE = 1024 * _MIB
 # All five disks, the base image twice, and some to spare.
 _FILESYSTEM_SIZE = 6144 * _MIB
 _TURN = 500
-_MODES = ("falloc", "full")
+_MODES: tuple[Mode, ...] = ("falloc", "full")
 _BAR_STOCK = 1.5
 _BAR_RAW = 0.9
 
