@@ -15,11 +15,11 @@ import pytest
 
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
-from imgprealloc import Qcow2Preallocator
 from imgprealloc import exceptions
 from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
+from . import in_format
 from .host import ENOSPC
 from .host import SIZE
 from .host import Host
@@ -35,7 +35,7 @@ def exists(host: Host) -> None:
 
 
 def invalid_size(host: Host) -> None:
-    Preallocator().resize(host.raw(), SIZE)
+    Preallocator().resize(host.raw(), SIZE, format="raw")
 
 
 def refused(host: Host) -> None:
@@ -45,7 +45,7 @@ def refused(host: Host) -> None:
 def in_use(host: Host) -> None:
     path = host.overlay()
     with opened_by_qemu(path):
-        Preallocator().preallocate(path)
+        in_format.qcow2().preallocate(path)
 
 
 def unsupported_format(host: Host) -> None:
@@ -53,7 +53,7 @@ def unsupported_format(host: Host) -> None:
 
 
 def mismatch(host: Host) -> None:
-    Qcow2Preallocator().inspect(host.raw())
+    in_format.qcow2().inspect(host.raw())
 
 
 def broken(host: Host) -> None:
@@ -72,13 +72,13 @@ def missing(host: Host) -> None:
 
 def too_old(host: Host) -> None:
     host.version = "5.1.0"
-    Preallocator().create(host.path(), SIZE, host.base(SIZE))
+    Preallocator().create(host.path(), SIZE, host.base(SIZE), backing_format="raw")
 
 
 def killed(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     host.ends("check", -9)
-    Qcow2Preallocator().inspect(path)
+    in_format.qcow2().inspect(path)
 
 
 def not_preallocated(host: Host) -> None:

@@ -6,13 +6,13 @@ import errno
 import logging
 import os
 
+from imgprealloc.terms import Terms
 from oslo_concurrency import processutils
 import pytest
 
 from imgprealloc import exceptions
 from imgprealloc import terms
 from imgprealloc.filesystem import Filesystem
-from imgprealloc.terms import Terms
 
 from .host import Host
 
