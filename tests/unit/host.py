@@ -454,6 +454,10 @@ class Host(Programs):
         image = csv(target) if "--image-opts" in call.argv else None
         path = target if image is None else image["file.filename"]
         disk = self._disks[_key(path)]
+        format = call.after("-f") if image is None else image["driver"]
+        if format == "raw" != disk.format:
+            # As the caller says; a header in it means nothing.
+            disk = self._disks[_key(path)] = Disk("raw", os.path.getsize(path), held=disk.held)
         if size % 512 and disk.format != "raw":
             raise failure(call, 1, "qemu-img: The new size must be a multiple of 512")
         if size <= disk.virtual_size:

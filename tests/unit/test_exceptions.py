@@ -7,7 +7,6 @@ from collections.abc import Callable
 import errno
 import inspect
 import os
-import pathlib
 
 import fixtures
 from oslo_concurrency import processutils
@@ -28,6 +27,22 @@ from .host import opened_by_qemu
 
 def not_found(host: Host) -> None:
     Preallocator().inspect(host.path())
+
+
+def is_link(host: Host) -> None:
+    host.overlay(name="elsewhere")
+    os.symlink(host.path("elsewhere"), host.path())
+    in_format.qcow2().preallocate(host.path())
+
+
+def in_the_way(host: Host) -> None:
+    with open(host.path(".disk.imgprealloc"), "w") as file:
+        file.write("somebody's")
+    Preallocator().create(host.path(), SIZE)
+
+
+def not_certain(host: Host) -> None:
+    Preallocator().resize(host.raw(), 2 * SIZE)
 
 
 def exists(host: Host) -> None:
@@ -98,8 +113,12 @@ def no_space(host: Host) -> None:
 
 
 def no_room_for_a_file(host: Host) -> None:
-    def full(path: str, *how: int) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    real = os.open
+
+    def full(path: str, flags: int, *mode: int, **how: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return real(path, flags, *mode, **how)
 
     with fixtures.MockPatchObject(replacement.os, "open", full):
         Preallocator().create(host.path(), SIZE)
@@ -113,6 +132,9 @@ def no_space_foreseen(host: Host) -> None:
 ERRORS: list[tuple[type[PreallocationError], Callable[[Host], None]]] = [
     (exceptions.DiskNotFound, not_found),
     (exceptions.DiskExists, exists),
+    (exceptions.DiskIsLink, is_link),
+    (exceptions.FileInTheWay, in_the_way),
+    (exceptions.FormatNotCertain, not_certain),
     (exceptions.InvalidSize, invalid_size),
     (exceptions.FileError, refused),
     (exceptions.ImageInUse, in_use),
@@ -200,7 +222,8 @@ def test_a_failed_program_is_told_with_its_command(host: Host, provoke: Callable
         provoke(host)
 
     assert str(caught.value.cmd).startswith(command)
-    assert host.path() in str(caught.value.cmd)
+    # The disk, or the new one beside it.
+    assert str(caught.value.cmd).endswith((host.path(), f"{host.path('.disk.imgprealloc')} {SIZE}"))
 
 
 @pytest.mark.parametrize("provoke", [failed, missing])
@@ -242,12 +265,6 @@ def test_what_was_found_is_kept_with_the_promise_that_was_broken(host: Host) -> 
 
     assert isinstance(error, exceptions.NotPreallocated)
     assert (error.image.path, error.image.state) == (host.path(), "mapped")
-
-
-def test_a_path_object_becomes_text() -> None:
-    error = exceptions.DiskNotFound(pathlib.Path("/d/disk"), "gone", "Look.")
-
-    assert error.path == os.fspath("/d/disk")
 
 
 def test_a_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
