@@ -112,7 +112,7 @@ def test_path_is_on_the_filesystem_of_its_nearest_mount_point(
 ) -> None:
     mounts({"/": "overlay", "/srv": "ext4", "/srv/nova": "xfs"})
 
-    assert filesystem._type(path) == kind
+    assert filesystem.type_of(path) == kind
 
 
 def test_link_is_followed_to_the_filesystem_that_it_leads_to(
@@ -122,13 +122,13 @@ def test_link_is_followed_to_the_filesystem_that_it_leads_to(
     (tmp_path / "link").symlink_to(tmp_path / "far")
     mounts({"/": "ext4", str(tmp_path / "far"): "btrfs"})
 
-    assert filesystem._type(str(tmp_path / "link" / "disk")) == "btrfs"
+    assert filesystem.type_of(str(tmp_path / "link" / "disk")) == "btrfs"
 
 
 def test_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..., None]) -> None:
     mounts({})
 
-    assert filesystem._type("/disk") == "unknown"
+    assert filesystem.type_of("/disk") == "unknown"
 
 
 def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:
@@ -172,3 +172,14 @@ def test_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: 
         fixtures.MockPatchObject(os, "geteuid", lambda: user),
     ):
         assert filesystem.available("/srv") == blocks * 4096
+
+
+@pytest.mark.parametrize(
+    ("kind", "remote"),
+    [("nfs", True), ("nfs4", True), ("ceph", True), ("fuse.sshfs", True), ("fuse", True), ("ext4", False),
+     ("xfs", False), ("btrfs", False), ("overlay", False)],
+)  # fmt: skip
+def test_which_filesystems_other_hosts_may_have_open(mounts: Callable[..., None], kind: str, remote: bool) -> None:
+    mounts({"/": "ext4", "/srv": kind})
+
+    assert filesystem.is_remote("/srv/disk") is remote

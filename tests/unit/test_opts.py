@@ -4,7 +4,7 @@ from __future__ import annotations
 from importlib import metadata
 import io
 import re
-from typing import Any
+from typing import get_args
 
 import fixtures
 from oslo_config import cfg
@@ -12,7 +12,7 @@ from oslo_config import generator
 import pytest
 
 from imgprealloc import opts
-from imgprealloc import terms
+from imgprealloc import settings
 
 
 def configured(text: str = "") -> cfg.ConfigOpts:
@@ -57,8 +57,7 @@ def test_empty_section_gives_the_documented_defaults(name: str, default: object)
 def test_all_that_an_option_offers_is_accepted_and_nothing_else_is_offered(name: str, choices: list[object]) -> None:
     option = next(option for option in opts.OPTIONS if option.name == name)
 
-    kind: Any = option.type
-    assert list(kind.choices) == choices
+    assert list(option.type.choices) == choices
     for choice in choices:
         assert configured(section(**{name: choice})).imgprealloc[name] == choice
 
@@ -85,8 +84,8 @@ def test_anything_else_is_refused_when_it_is_read(name: str, value: object) -> N
         getattr(conf.imgprealloc, name)
 
 
-@pytest.mark.parametrize("mode", terms.MODES)
-@pytest.mark.parametrize("on_unsupported", terms.ON_UNSUPPORTED)
+@pytest.mark.parametrize("mode", get_args(settings.Mode))
+@pytest.mark.parametrize("on_unsupported", get_args(settings.OnUnsupported))
 def test_every_choice_makes_a_preallocator_that_works_by_it(mode: str, on_unsupported: str) -> None:
     conf = configured(section(mode=mode, on_unsupported=on_unsupported, overlay_cluster_size=65536))
 
@@ -96,12 +95,14 @@ def test_every_choice_makes_a_preallocator_that_works_by_it(mode: str, on_unsupp
 
 
 def test_flavor_s_mode_comes_before_the_configured_one() -> None:
-    assert opts.preallocator_from(configured(section(mode="metadata")), "full").mode == "full"
+    made = opts.preallocator_from(configured(section(mode="metadata", overlay_cluster_size=65536))).with_mode("full")
+
+    assert (made.mode, made.overlay_cluster_size) == ("full", 65536)
 
 
 def test_flavor_s_mode_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="'fast' is not one of falloc, full, metadata"):
-        opts.preallocator_from(configured(), "fast")
+        opts.preallocator_from(configured()).with_mode("fast")  # type: ignore[arg-type]
 
 
 def test_registering_twice_is_harmless() -> None:
@@ -133,7 +134,7 @@ def test_list_opts_names_every_option_under_its_section() -> None:
 
 def test_every_option_is_explained_in_whole_sentences() -> None:
     for option in opts.OPTIONS:
-        assert (option.help or "").strip().endswith("."), option.name
+        assert option.help.strip().endswith("."), option.name
 
 
 @pytest.fixture

@@ -3,18 +3,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import os
-from typing import Any
 
 from oslo_utils import units
 import pytest
 
-from imgprealloc import RawPreallocator
+from imgprealloc import Existing
 from imgprealloc import exceptions
 from imgprealloc.filesystem import Filesystem
 
+from . import in_format
 from .host import ENOSPC
 from .host import SIZE
 from .host import Host
+from .in_format import InFormat
 
 NFS = Filesystem("nfs", fallocate=False, copy_on_write=False)
 BTRFS = Filesystem("btrfs", fallocate=True, copy_on_write=True)
@@ -36,16 +37,18 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
         pytest.param("metadata", {"held": SIZE, "shared": 4096}, [], id="metadata, a reflink"),
     ],
 )
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, Any], changes: list[str], rewrite: bool) -> None:
-    image = RawPreallocator(mode).preallocate(host.raw(SIZE, **space), rewrite)
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_what_a_raw_disk_gets(
+    host: Host, mode: str, space: dict[str, int], changes: list[str], existing: Existing
+) -> None:
+    image = in_format.raw(mode).preallocate(host.raw(SIZE, **space), existing)
 
     assert host.changes == changes
     assert image.state == ("preallocated" if changes or space == {"held": SIZE} else "thin")
 
 
 def test_whole_file_is_reserved_and_no_more(host: Host) -> None:
-    RawPreallocator().preallocate(host.raw(SIZE))
+    in_format.raw().preallocate(host.raw(SIZE))
 
     [call] = host.run("fallocate")
     assert (call.after("-o"), call.after("-l")) == ("0", str(SIZE))
@@ -58,7 +61,7 @@ def test_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
         disk.write(b"x" * 65536)
     before = os.stat(path).st_ino
 
-    RawPreallocator("full").preallocate(path)
+    in_format.raw("full").preallocate(path)
 
     with open(path, "rb") as disk:
         content = disk.read()
@@ -69,7 +72,7 @@ def test_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
 def test_without_fallocate_the_fallback_full_writes_zeros(host: Host) -> None:
     host.filesystem = NFS
 
-    image = RawPreallocator(on_unsupported="full").preallocate(host.raw(SIZE))
+    image = in_format.raw(on_unsupported="full").preallocate(host.raw(SIZE))
 
     assert set(host.changes) == {"zeros"}
     assert image.state == "preallocated"
@@ -78,7 +81,7 @@ def test_without_fallocate_the_fallback_full_writes_zeros(host: Host) -> None:
 def test_without_fallocate_the_fallback_metadata_leaves_it_thin(host: Host) -> None:
     host.filesystem = NFS
 
-    image = RawPreallocator().preallocate(host.raw(SIZE))
+    image = in_format.raw().preallocate(host.raw(SIZE))
 
     assert host.changes == []
     assert image.state == "thin"
@@ -91,7 +94,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host) -> None:
     host.filesystem = BTRFS
 
     with pytest.raises(exceptions.UnsupportedFilesystem, match="copy on write"):
-        RawPreallocator().preallocate(host.raw(SIZE, held=SIZE))
+        in_format.raw().preallocate(host.raw(SIZE, held=SIZE))
 
     assert host.changes == []
 
@@ -99,7 +102,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host) -> None:
 def test_on_btrfs_a_disk_that_may_be_rewritten_is_made_anew_with_nocow(host: Host) -> None:
     host.filesystem = BTRFS
 
-    image = RawPreallocator().preallocate(host.raw(SIZE, held=SIZE), existing="rewrite")
+    image = in_format.raw().preallocate(host.raw(SIZE, held=SIZE), existing="rewrite")
 
     [convert] = host.run("convert")
     assert convert.options == {"nocow": "on", "preallocation": "falloc"}
@@ -112,23 +115,23 @@ def test_on_btrfs_a_disk_with_nocow_is_treated_like_any_other(host: Host) -> Non
     path = host.raw(SIZE)
     host.disk().nocow = True
 
-    assert RawPreallocator().preallocate(path).state == "preallocated"
+    assert in_format.raw().preallocate(path).state == "preallocated"
     assert host.changes == ["fallocate"]
 
 
 def test_on_btrfs_a_new_disk_gets_nocow(host: Host) -> None:
     host.filesystem = BTRFS
 
-    assert RawPreallocator().create(host.path(), SIZE).state == "preallocated"
+    assert in_format.raw().create(host.path(), SIZE).state == "preallocated"
     assert host.run("create")[0].options["nocow"] == "on"
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 @pytest.mark.parametrize("fallback", ["metadata", "full"])
-def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str, rewrite: bool) -> None:
+def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str, existing: Existing) -> None:
     host.filesystem = ZFS
 
-    image = RawPreallocator(on_unsupported=fallback).preallocate(host.raw(SIZE), rewrite)
+    image = in_format.raw(on_unsupported=fallback).preallocate(host.raw(SIZE), existing)
 
     assert (host.changes, image.state) == ([], "thin")
 
@@ -141,18 +144,18 @@ def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str
     [("falloc", "falloc", "preallocated"), ("full", "full", "preallocated"), ("metadata", "off", "thin")],
 )
 def test_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
-    image = RawPreallocator(mode).create(host.path(), SIZE)
+    image = in_format.raw(mode).create(host.path(), SIZE)
 
     assert (image.state, image.virtual_size) == (state, SIZE)
     [create] = host.run("create")
     assert create.options == {"preallocation": preallocation}
-    assert create.argv[-2] == host.path("disk.imgprealloc")
+    assert create.shown[-2] == host.path(".disk.imgprealloc")
     assert host.files == ["disk"]
 
 
 def test_raw_disk_has_no_backing_file(host: Host) -> None:
     with pytest.raises(exceptions.UnsupportedFormat, match="no backing file"):
-        RawPreallocator().create(host.path(), SIZE, host.base(SIZE))
+        in_format.raw().create(host.path(), SIZE, host.base(SIZE))
 
     assert host.calls == []
 
@@ -162,7 +165,7 @@ def test_raw_disk_has_no_backing_file(host: Host) -> None:
 
 @pytest.mark.parametrize(("mode", "preallocation"), [("falloc", "falloc"), ("full", "full"), ("metadata", "off")])
 def test_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
-    image = RawPreallocator(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
+    image = in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
     assert f"--preallocation={preallocation}" in call.argv
@@ -174,7 +177,7 @@ def test_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     path = host.raw(SIZE)
     host.then["resize"] = lambda: setattr(host.disk(path), "held", SIZE)
 
-    assert RawPreallocator().resize(path, 2 * SIZE).state == "thin"
+    assert in_format.raw().resize(path, 2 * SIZE).state == "thin"
     assert host.changes == ["resize"]
 
 
@@ -191,12 +194,12 @@ def test_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_runs(
-    host: Host, work: Callable[[RawPreallocator, Host], object], needed: int, mode: str
+    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: str
 ) -> None:
     host.available = needed - 1
 
     with pytest.raises(exceptions.NoSpace):
-        work(RawPreallocator(mode), host)
+        work(in_format.raw(mode), host)
 
     assert host.changes == []
     assert host.files in ([], ["disk"])
@@ -206,7 +209,7 @@ def test_what_cannot_fit_is_refused_before_anything_runs(
 def test_what_just_fits_is_made(host: Host, mode: str) -> None:
     host.available = SIZE
 
-    RawPreallocator(mode).create(host.path(), SIZE)
+    in_format.raw(mode).create(host.path(), SIZE)
 
     assert host.available == 0
 
@@ -215,7 +218,7 @@ def test_what_just_fits_is_made(host: Host, mode: str) -> None:
 def test_what_just_fits_is_grown(host: Host, mode: str) -> None:
     host.available = 65536
 
-    RawPreallocator(mode).resize(host.raw(SIZE, held=SIZE), SIZE + 65536)
+    in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), SIZE + 65536)
 
     assert host.available == 0
 
@@ -223,7 +226,7 @@ def test_what_just_fits_is_grown(host: Host, mode: str) -> None:
 def test_what_just_fits_is_reserved(host: Host) -> None:
     host.available = SIZE
 
-    RawPreallocator().preallocate(host.raw(SIZE))
+    in_format.raw().preallocate(host.raw(SIZE))
 
     assert host.available == 0
 
@@ -231,7 +234,7 @@ def test_what_just_fits_is_reserved(host: Host) -> None:
 def test_what_just_fits_is_written(host: Host) -> None:
     host.available = SIZE
 
-    RawPreallocator("full").preallocate(host.raw(SIZE))
+    in_format.raw("full").preallocate(host.raw(SIZE))
 
     assert host.available == 0
 
@@ -239,8 +242,8 @@ def test_what_just_fits_is_written(host: Host) -> None:
 def test_metadata_asks_for_no_space(host: Host) -> None:
     host.available = 0
 
-    RawPreallocator("metadata").create(host.path(), SIZE)
-    RawPreallocator("metadata").resize(host.path(), 2 * SIZE)
+    in_format.raw("metadata").create(host.path(), SIZE)
+    in_format.raw("metadata").resize(host.path(), 2 * SIZE)
 
     assert os.path.getsize(host.path()) == 2 * SIZE
 
@@ -250,7 +253,7 @@ def test_space_that_another_takes_meanwhile_is_told_apart_too(host: Host) -> Non
     host.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace, match="fallocate"):
-        RawPreallocator().preallocate(path)
+        in_format.raw().preallocate(path)
 
 
 # In use.
@@ -262,7 +265,7 @@ def test_disk_in_use_gets_its_space_because_that_changes_nothing_that_is_read(
     path = host.raw(SIZE, held=SIZE, shared=4096)
     opened(path)
 
-    assert RawPreallocator().preallocate(path).state == "preallocated"
+    assert in_format.raw().preallocate(path).state == "preallocated"
 
 
 def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str], object]) -> None:
@@ -270,7 +273,7 @@ def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        RawPreallocator("full").preallocate(path)
+        in_format.raw("full").preallocate(path)
 
     assert host.run("zeros") == []
 
@@ -281,7 +284,7 @@ def test_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        RawPreallocator().preallocate(path, existing="rewrite")
+        in_format.raw().preallocate(path, existing="rewrite")
 
     assert host.changes == []
 
@@ -292,7 +295,7 @@ def test_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
     host.then["info"] = lambda: os.utime(path)
 
     with pytest.raises(exceptions.ImageInUse, match="written to"):
-        RawPreallocator().preallocate(path, existing="rewrite")
+        in_format.raw().preallocate(path, existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["disk"]
