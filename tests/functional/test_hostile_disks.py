@@ -17,6 +17,7 @@ import tempfile
 from typing import Any, Optional
 
 import pytest
+import tools_needed
 
 from functional import hostile_disks
 from functional import hostile_trials
@@ -85,6 +86,7 @@ def by_library(request: pytest.FixtureRequest, room: pathlib.Path) -> Outcome:
 @pytest.fixture(scope="module")
 def by_command(request: pytest.FixtureRequest, room: pathlib.Path) -> Outcome:
     """Run the command on some disks, and look at what is opened then."""
+    tools_needed.require(["strace"])
     wanted = _wanted(request, test_disk_is_not_harmed_by_the_command.__name__, SAMPLE)
     outcome = hostile_trials.in_processes(wanted, lambda entry: _run_commands(entry, _folder(room, entry)))
     request.config.pluginmanager.register(hostile_trials.Summary("hostile disks, by the command", outcome))
