@@ -321,8 +321,9 @@ def _raw_disks() -> Iterator[Entry]:
 
     for name, header in HEADERS.items():
         yield entry(f"with {name} that ends with it", later(_whole, header))
-        yield entry(f"with {name} that ends before it", later(_more, header))
-        yield entry(f"with {name} that ends beyond it", later(_less, header))
+        if name not in ("blank qcow2 of version 2", "preallocated qcow2"):
+            yield entry(f"with {name} that ends before it", later(_more, header))
+            yield entry(f"with {name} that ends beyond it", later(_less, header))
     for name, header in LURES.items():
         yield entry(f"with {name}", later(_whole, header), fifo())
     for name in ("qcow2 over a FIFO", "vmdk that is a text and names a FIFO"):
@@ -353,7 +354,7 @@ def _sound_disks() -> Iterator[Entry]:
     for size in ("512", "4k", "64k", "2M"):
         yield entry(f"with clusters of {size}", later(qcow2, f"cluster_size={size}"))
         yield entry(f"with clusters of {size}, blank", later(blank, f"cluster_size={size}"))
-    for bits in (1, 2, 4, 8, 32, 64):
+    for bits in (1, 4, 8, 64):
         yield entry(f"with refcounts of {bits} bits", later(qcow2, f"refcount_bits={bits}"))
     yield entry("of version 2", later(qcow2, "compat=0.10"))
     yield entry("of version 2, blank", later(blank, "compat=0.10"))
@@ -493,18 +494,18 @@ def _backing_disks() -> Iterator[Entry]:
 # Damage. What is there can be had back by whoever mends the one thing that is wrong.
 
 WRONG_FIELDS: dict[str, tuple[int, ...]] = {
-    "version": (0, 1, 4),
-    "backing file's offset": (1, 0x10000, 2**64 - 1),
-    "backing file's length": (1024, 2**32 - 1),
-    "cluster bits": (0, 8, 12, 22),
+    "version": (0, 4),
+    "backing file's offset": (1, 2**64 - 1),
+    "backing file's length": (1024,),
+    "cluster bits": (8, 12, 22),
     "encryption": (3,),
     "L1 entries": (0, 0x2000000),
-    "L1 offset": (0, SIZE, 2**63 - 512),
+    "L1 offset": (0, SIZE),
     "refcount table's offset": (0, 2**62),
-    "refcount table's clusters": (0, 8, 2**32 - 1),
+    "refcount table's clusters": (0, 2**32 - 1),
     "snapshots": (1, 2**32 - 1),
-    "refcount order": (0, 3, 7),
-    "header length": (0, 72, 105, 2**32 - 1),
+    "refcount order": (3, 7),
+    "header length": (0, 105, 2**32 - 1),
 }
 
 WRONG_TABLES: dict[str, tuple[tuple[int, bytes], ...]] = {
@@ -544,9 +545,9 @@ def _damage() -> Iterator[Entry]:
     def entry(name: str, content: Content) -> Entry:
         return Entry(f"damaged: {name}", "damage", disk(content), "qcow2", damaged=True)
 
-    for bit in (8, 9, 16, 17, 18, 19, 30, 63):
+    for bit in (8, 9, 16, 17, 19, 63):
         yield entry(f"bit {bit} of the L1 offset", later(patched, qcow2, field("L1 offset", L1 ^ 1 << bit)))
-    for bit in (9, 17, 18, 63):
+    for bit in (9, 17, 63):
         patch = field("refcount table's offset", REFCOUNT_TABLE ^ 1 << bit)
         yield entry(f"bit {bit} of the refcount table's offset", later(patched, qcow2, patch))
     for name, values in WRONG_FIELDS.items():
