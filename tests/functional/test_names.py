@@ -168,6 +168,6 @@ def test_path_may_be_an_object(folder: pathlib.Path) -> None:
 def test_long_name_is_possible_while_there_is_room_for_the_temporary_ones(
     folder: pathlib.Path, base: pathlib.Path
 ) -> None:
-    name = "d" * (255 - len(".imgprealloc-zeros"))
+    name = "d" * (255 - len("." + ".imgprealloc-zeros"))
 
     assert Preallocator().create(folder / name, 32 * MiB, str(base), backing_format="raw").state == "preallocated"
