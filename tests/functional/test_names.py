@@ -70,7 +70,7 @@ def test_disk_in_the_working_folder_is_looked_at_by_any_name(
     monkeypatch.chdir(folder)
     images.qcow2(folder / name, 8 * MiB)
 
-    states = Preallocator().inspect(name).state, Preallocator().preallocate(name).state
+    states = Preallocator().inspect(name).state, Preallocator().preallocate(name, format="qcow2").state
 
     assert states == ("thin", "preallocated")
 
