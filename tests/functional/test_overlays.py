@@ -13,6 +13,7 @@ from functional.modes import MODES
 from functional.modes import SPACE_MODES
 from imgprealloc import Mode
 from imgprealloc import Preallocator
+from imgprealloc import exceptions
 
 KiB, MiB = 1 << 10, 1 << 20
 
