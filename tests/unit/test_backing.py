@@ -121,7 +121,7 @@ def test_a_chain_that_bites_its_tail_is_refused(host: Host, length: int) -> None
     for number in range(length):
         host.qcow2(name=f"base{number}", backing_file=f"base{(number + 1) % length}", backing_format="qcow2")
 
-    with pytest.raises(exceptions.BrokenImage, match="comes to .*base0 again"):
+    with pytest.raises(exceptions.BrokenImage, match=r"comes to .*base0 again"):
         virtual_size(host, "base0", "qcow2")
 
     assert host.calls == []

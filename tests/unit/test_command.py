@@ -205,9 +205,7 @@ def only_timeout(tmp_path: pathlib.Path) -> Iterator[None]:
 
 # Not played: how timeout and oslo.concurrency's wrapper end is theirs to say.
 @pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
-def test_a_program_that_is_missing_is_told_apart(
-    only_timeout: None, limits: processutils.ProcessLimits | None
-) -> None:
+def test_a_program_that_is_missing_is_told_apart(only_timeout: None, limits: processutils.ProcessLimits | None) -> None:
     with pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started") as caught:
         command.run(DISK, "qemu-img", "info", DISK, limits=limits)
 

@@ -898,3 +898,88 @@ def test_no_room_for_a_small_hole_is_no_space_too(host: Host) -> None:
 
     assert (caught.value.path, caught.value.stderr) == (host.path(), os.strerror(errno.ENOSPC))
     assert host.files == []
+
+
+# Damaged, and so not empty.
+
+
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_a_disk_whose_clusters_nothing_points_to_is_not_an_empty_one(
+    host: Host, logged: Callable[[int], list[str]], existing: Existing
+) -> None:
+    # One wrong bit in the L1 table's offset: all data could be had back by mending it.
+    path = host.qcow2(leaks=100)
+    host.ends("check", 3)
+    before = host.content(path)
+
+    image = in_format.qcow2().preallocate(path, existing)
+
+    assert (host.changes, image.state) == (["fallocate"], "reserved")
+    assert host.content(path) == before
+    if existing == "rewrite":
+        [warning] = logged(logging.WARNING)
+        assert "100 clusters of it are in use by nothing" in warning
+
+
+@pytest.mark.parametrize("existing", ["reserve", "recreate_blank", "rewrite"])
+@pytest.mark.parametrize("damage", [{"errors": 1}, {"corruptions": 1}])
+def test_a_disk_that_does_not_pass_its_check_is_reported_and_not_made_anew(
+    host: Host, existing: Existing, damage: dict[str, int]
+) -> None:
+    path = host.qcow2(**damage)
+    before = host.content(path)
+
+    with pytest.raises(exceptions.BrokenImage, match="finds 1 errors"):
+        in_format.qcow2().preallocate(path, existing)
+
+    assert host.changes == []
+    assert host.content(path) == before
+
+
+def test_only_a_disk_that_was_just_made_is_taken_for_empty_by_its_header(host: Host) -> None:
+    assert in_format.qcow2().preallocate(host.overlay(), "just_made").state == "preallocated"
+
+    # Those of the new one, before it gets its place.
+    assert all(call.shown[-1].find(".disk.imgprealloc") > 0 or call.name == "check" for call in host.run("info"))
+    assert host.changes[0] == "create"
+
+
+def test_a_disk_that_was_just_made_and_has_data_is_rewritten(host: Host) -> None:
+    assert in_format.qcow2().preallocate(host.overlay(mapped=0.5), "just_made").state == "preallocated"
+    assert host.changes[0] == "convert"
+
+
+@pytest.mark.parametrize("name", ["nbd://host/export", "json:{}", "fat:/etc"])
+def test_a_backing_file_that_is_named_by_a_protocol_is_not_opened(host: Host, name: str) -> None:
+    with pytest.raises(exceptions.UnsupportedFormat, match="named by a protocol"):
+        in_format.qcow2().create(host.path(), SIZE, name, backing_format="raw")
+
+    assert host.run("info", "create") == []
+
+
+@pytest.mark.parametrize("mapped", [None, 0.5])
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_a_disk_over_a_pipe_is_not_waited_for(host: Host, mapped: float | None, existing: Existing) -> None:
+    os.mkfifo(host.path("pipe"))
+    path = host.qcow2(SIZE, mapped=mapped, backing_file="pipe", backing_format="raw")
+    before = host.content(path)
+
+    if mapped is None or existing == "rewrite":
+        with pytest.raises(exceptions.BrokenImage, match="neither a file nor a block device"):
+            in_format.qcow2().preallocate(path, existing)
+    else:
+        in_format.qcow2().preallocate(path, existing)
+
+    assert not host.run("create", "convert", "resize")
+    assert host.content(path) == before
+    assert host.files == ["disk", "pipe"]
+
+
+def test_an_overlay_over_a_relative_base_is_grown_and_keeps_that_name(host: Host) -> None:
+    # In its folder, which its name in /proc does not tell.
+    host.base(SIZE // 2)
+    path = host.overlay(mapped=1.0, extended_l2=True, cluster_size=CLUSTER, backing_file="base")
+
+    image = in_format.qcow2().resize(path, SIZE + 512)
+
+    assert (image.virtual_size, image.backing_file) == (SIZE + 512, "base")

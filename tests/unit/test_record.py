@@ -71,9 +71,7 @@ def test_where_nobody_tells_the_first_bytes_are_a_guess(host: Host, make: Callab
     assert word(make(host)) == Word(format, "its first bytes")
 
 
-@pytest.mark.parametrize(
-    ("source", "certain"), [("the caller", True), ("disk.info", True), ("its first bytes", False)]
-)
+@pytest.mark.parametrize(("source", "certain"), [("the caller", True), ("disk.info", True), ("its first bytes", False)])
 def test_only_a_guess_is_not_certain(source: Any, certain: bool) -> None:
     assert Word("raw", source).certain is certain
 

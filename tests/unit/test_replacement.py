@@ -304,9 +304,7 @@ def test_somebody_s_file_that_has_come_in_the_place_of_a_crash_s_remains_is_not_
 
 
 @pytest.mark.parametrize("existed", [True, False])
-@pytest.mark.parametrize(
-    "kind", ["text", "text, all may do all", "pipe", "folder", "symbolic link", "hard link"]
-)
+@pytest.mark.parametrize("kind", ["text", "text, all may do all", "pipe", "folder", "symbolic link", "hard link"])
 def test_somebody_s_file_of_our_name_is_never_removed(disk: pathlib.Path, kind: str, existed: bool) -> None:
     if existed:
         disk.write_bytes(b"old")

@@ -34,7 +34,7 @@ Nobody sees it.
     def __post_init__'''
 
 # What may never have to be told of it.
-_SEES_IT = '''
+_SEES_IT = """
 import argparse, types
 from oslo_config import cfg
 import imgprealloc
@@ -75,7 +75,7 @@ for verb in (allocate.Allocate, create.Create, resize.Resize):
     assert "Colour of the disks. (default: red)" in " ".join(parser.format_help().split())
 assert "--colour" not in show.Show(types.SimpleNamespace(), argparse.Namespace()).get_parser("x").format_help()
 print("seen")
-'''
+"""
 
 
 def test_a_setting_that_is_added_in_its_one_place_reaches_all_who_have_to_know_it(tmp_path: pathlib.Path) -> None:
@@ -133,9 +133,7 @@ def test_a_strategy_is_a_value() -> None:
 def test_another_mode_is_another_strategy() -> None:
     made = Preallocator("full", on_unsupported="error", overlay_cluster_size=65536)
 
-    assert made.with_mode("metadata") == Preallocator(
-        "metadata", on_unsupported="error", overlay_cluster_size=65536
-    )
+    assert made.with_mode("metadata") == Preallocator("metadata", on_unsupported="error", overlay_cluster_size=65536)
     assert made.mode == "full"
 
 
@@ -154,5 +152,3 @@ def test_no_zeros_are_written_under_a_running_guest(
     made = healing.for_running_guest(Preallocator(mode, on_unsupported=fallback, overlay_cluster_size=65536))
 
     assert (made.mode, made.on_unsupported, made.overlay_cluster_size) == (*running, 65536)
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import signal
@@ -53,13 +54,15 @@ def test_nothing_that_handles_errors_handles_an_end() -> None:
 def test_those_that_follow_wait_for_the_end(number: signal.Signals) -> None:
     cleaned: list[bool] = []
 
-    with pytest.raises(signals.Stopped) as caught, signals.stopping():
-        try:
-            send(signal.SIGTERM)
-        finally:
-            for _ in range(3):
-                send(number)
-            cleaned.append(True)
+    def clean() -> None:
+        for _ in range(3):
+            send(number)
+        cleaned.append(True)
+
+    stack = contextlib.ExitStack()
+    stack.callback(clean)
+    with pytest.raises(signals.Stopped) as caught, signals.stopping(), stack:
+        send(signal.SIGTERM)
 
     assert cleaned == [True]
     assert caught.value.number == signal.SIGTERM
