@@ -321,7 +321,8 @@ class Host(Programs):
     def _told(self, answer: Callable[[Call], dict[str, Any]]) -> Callable[[Call], str]:
         def tell(call: Call) -> str:
             said = answer(call)
-            self.amend.get(call.name, lambda _: None)(said)
+            amend: Callable[[dict[str, Any]], Any] = self.amend.get(call.name, lambda _: None)
+            amend(said)
             return json.dumps(said, indent=4)
 
         return tell

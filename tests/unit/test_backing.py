@@ -36,28 +36,28 @@ def virtual_size(host: Host, backing_file: str, backing_format: str) -> int:
         ("", False),
     ],
 )
-def test_a_colon_before_any_slash_is_a_protocol(name: str, protocol: bool) -> None:
+def test_colon_before_any_slash_is_a_protocol(name: str, protocol: bool) -> None:
     assert backing.names_protocol(name) is protocol
 
 
 @pytest.mark.parametrize(("length", "size"), [(0, 0), (1, 512), (512, 512), (513, 1024), (SIZE, SIZE)])
-def test_a_raw_base_is_as_long_as_its_file_in_whole_sectors(host: Host, length: int, size: int) -> None:
+def test_raw_base_is_as_long_as_its_file_in_whole_sectors(host: Host, length: int, size: int) -> None:
     assert virtual_size(host, host.base(length), "raw") == size
     assert host.calls == []
 
 
-def test_a_qcow2_base_is_asked_in_its_format(host: Host) -> None:
+def test_qcow2_base_is_asked_in_its_format(host: Host) -> None:
     assert virtual_size(host, host.qcow2(3 * units.Mi, name="base"), "qcow2") == 3 * units.Mi
     assert [call.after("-f") for call in host.calls] == ["qcow2"]
 
 
-def test_a_relative_name_is_looked_for_beside_the_disk(host: Host) -> None:
+def test_relative_name_is_looked_for_beside_the_disk(host: Host) -> None:
     host.base(SIZE)
 
     assert virtual_size(host, "base", "raw") == SIZE
 
 
-def test_a_chain_is_followed_to_its_end(host: Host) -> None:
+def test_chain_is_followed_to_its_end(host: Host) -> None:
     host.base(SIZE, name="deepest")
     host.qcow2(name="deeper", backing_file="deepest", backing_format="raw")
     host.qcow2(name="base", backing_file="deeper", backing_format="qcow2")
@@ -65,7 +65,7 @@ def test_a_chain_is_followed_to_its_end(host: Host) -> None:
     assert virtual_size(host, "base", "qcow2") == SIZE
 
 
-def test_a_name_in_a_link_s_target_is_looked_for_beside_that(host: Host) -> None:
+def test_name_in_a_link_s_target_is_looked_for_beside_that(host: Host) -> None:
     os.mkdir(host.path("cache"))
     host.base(SIZE, name="cache/deepest")
     host.qcow2(name="cache/base", backing_file="deepest", backing_format="raw")
@@ -107,7 +107,7 @@ def test_nor_is_one_deep_in_the_chain(host: Host, kind: object) -> None:
     assert host.calls == []
 
 
-def test_a_base_that_is_not_there_is_named(host: Host) -> None:
+def test_base_that_is_not_there_is_named(host: Host) -> None:
     host.qcow2(name="base", backing_file="gone", backing_format="raw")
 
     with pytest.raises(exceptions.BrokenImage, match=f"{host.path('gone')} is not there"):
@@ -117,7 +117,7 @@ def test_a_base_that_is_not_there_is_named(host: Host) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_a_chain_that_bites_its_tail_is_refused(host: Host, length: int) -> None:
+def test_chain_that_bites_its_tail_is_refused(host: Host, length: int) -> None:
     for number in range(length):
         host.qcow2(name=f"base{number}", backing_file=f"base{(number + 1) % length}", backing_format="qcow2")
 
@@ -127,7 +127,7 @@ def test_a_chain_that_bites_its_tail_is_refused(host: Host, length: int) -> None
     assert host.calls == []
 
 
-def test_a_chain_that_is_too_long_is_refused(host: Host) -> None:
+def test_chain_that_is_too_long_is_refused(host: Host) -> None:
     for number in range(250):
         qcow2_file.write(host.path(str(number)), units.Mi, backing_file=str(number + 1), backing_format="qcow2")
 
@@ -143,7 +143,7 @@ def test_what_a_raw_file_begins_like_leads_nowhere(host: Host) -> None:
     assert virtual_size(host, "base", "raw") == os.path.getsize(host.path("base"))
 
 
-def test_a_chain_that_leads_to_a_server_is_left_to_qemu_under_its_limits(host: Host) -> None:
+def test_chain_that_leads_to_a_server_is_left_to_qemu_under_its_limits(host: Host) -> None:
     host.qcow2(name="base", backing_file="nbd://host/export", backing_format="raw")
 
     assert virtual_size(host, "base", "qcow2") == SIZE

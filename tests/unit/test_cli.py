@@ -138,7 +138,7 @@ def test_check_finds_one_thin_disk_among_others(host: Host, run: Run, order: int
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
-def test_a_disk_that_cannot_be_read_does_not_keep_the_rest_from_being_shown(host: Host, run: Run, missing: int) -> None:
+def test_disk_that_cannot_be_read_does_not_keep_the_rest_from_being_shown(host: Host, run: Run, missing: int) -> None:
     paths = [host.raw(), host.raw(name="other")]
     paths.insert(missing, host.path("missing"))
 
@@ -256,7 +256,7 @@ def test_resize_grows_a_disk(host: Host, run: Run) -> None:
 @pytest.mark.parametrize(
     ("verb", "after"), [("show", []), ("allocate", []), ("resize", ["20M"])], ids=lambda value: str(value)
 )
-def test_a_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
+def test_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
     host: Host, run: Run, verb: str, after: list[str]
 ) -> None:
     disk = host.qcow2(mapped=0.5)
@@ -268,7 +268,7 @@ def test_a_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
     assert all(call.after("-f") == "raw" for call in host.run("info", "resize"))
 
 
-def test_a_raw_disk_that_begins_like_qcow2_is_told_of(host: Host, run: Run) -> None:
+def test_raw_disk_that_begins_like_qcow2_is_told_of(host: Host, run: Run) -> None:
     disk = host.qcow2(mapped=0.5)
     note_format(host, {disk: "raw"})
 
@@ -278,7 +278,7 @@ def test_a_raw_disk_that_begins_like_qcow2_is_told_of(host: Host, run: Run) -> N
     assert "--disk-format qcow2" in shown.err
 
 
-def test_the_operator_s_word_weighs_more_than_nova_s(host: Host, run: Run) -> None:
+def test_operator_s_word_weighs_more_than_nova_s(host: Host, run: Run) -> None:
     disk = host.qcow2(mapped=0.5)
     note_format(host, {disk: "raw"})
 
@@ -286,7 +286,7 @@ def test_the_operator_s_word_weighs_more_than_nova_s(host: Host, run: Run) -> No
 
 
 @pytest.mark.parametrize("content", [b"{}", b"{", b"", b'["raw"]'])
-def test_a_disk_of_which_nothing_is_noted_is_what_it_looks_like(host: Host, run: Run, content: bytes) -> None:
+def test_disk_of_which_nothing_is_noted_is_what_it_looks_like(host: Host, run: Run, content: bytes) -> None:
     disk = host.qcow2()
     with open(host.path("disk.info"), "wb") as file:
         file.write(content)
@@ -312,7 +312,7 @@ def test_a_disk_of_which_nothing_is_noted_is_what_it_looks_like(host: Host, run:
         ("1E", units.Ei),
     ],
 )
-def test_a_size_is_read_as_qemu_img_reads_it(text: str, expected: int) -> None:
+def test_size_is_read_as_qemu_img_reads_it(text: str, expected: int) -> None:
     assert disks.size(text) == expected
 
 
@@ -327,7 +327,7 @@ def test_a_size_is_read_as_qemu_img_reads_it(text: str, expected: int) -> None:
         (5000 * units.Ti, "5000 TiB"),
     ],
 )
-def test_a_size_is_readable_in_a_table(value: int, readable: str) -> None:
+def test_size_is_readable_in_a_table(value: int, readable: str) -> None:
     assert disks.Size(value).human_readable() == readable
 
 
@@ -359,7 +359,7 @@ def test_a_size_is_readable_in_a_table(value: int, readable: str) -> None:
     ],
     ids=" ".join,
 )
-def test_a_command_line_that_makes_no_sense_is_2(host: Host, run: Run, argv: list[str]) -> None:
+def test_command_line_that_makes_no_sense_is_2(host: Host, run: Run, argv: list[str]) -> None:
     ended = run(*argv)
 
     assert (ended.status, ended.out) == (2, "")
@@ -367,7 +367,7 @@ def test_a_command_line_that_makes_no_sense_is_2(host: Host, run: Run, argv: lis
     assert host.files == []
 
 
-def test_a_cluster_size_that_there_is_not_is_told_with_those_that_there_are(host: Host, run: Run) -> None:
+def test_cluster_size_that_there_is_not_is_told_with_those_that_there_are(host: Host, run: Run) -> None:
     said = run("create", "--overlay-cluster-size", "4K", host.path(), "1M").err
 
     assert "4096 (choose from 16384, 32768" in said
@@ -387,7 +387,7 @@ def test_a_cluster_size_that_there_is_not_is_told_with_those_that_there_are(host
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_error_is_1_and_told_in_one_line(
+def test_error_is_1_and_told_in_one_line(
     host: Host, run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
 ) -> None:
     host.raw(name="present")
@@ -401,9 +401,9 @@ def test_an_error_is_1_and_told_in_one_line(
     assert host.files == ["present"]
 
 
-def test_a_command_that_there_is_not_is_2(run: Run) -> None:
+def test_command_that_there_is_not_is_2(run: Run) -> None:
     assert run("no-such-command").status == 2
 
 
-def test_the_version_told_is_the_package_s(run: Run) -> None:
+def test_version_told_is_the_package_s(run: Run) -> None:
     assert run("--version").out.split()[-1] == metadata.version("imgprealloc")

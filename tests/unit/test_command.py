@@ -56,7 +56,7 @@ def test_threads_of_a_program_do_not_take_its_address_space(programs: Programs) 
     assert programs.calls[0].kwargs["env_variables"]["MALLOC_ARENA_MAX"] == "1"
 
 
-def test_a_program_is_run_without_a_shell_and_without_root(programs: Programs) -> None:
+def test_program_is_run_without_a_shell_and_without_root(programs: Programs) -> None:
     command.run(DISK, "qemu-img", "create", "$(reboot)")
 
     call = programs.calls[0]
@@ -100,7 +100,7 @@ def test_what_goes_wrong_meanwhile_is_told_when_the_program_has_ended(programs: 
     assert ended == [True]
 
 
-def test_an_exit_status_that_is_no_failure_returns_what_was_printed(programs: Programs) -> None:
+def test_exit_status_that_is_no_failure_returns_what_was_printed(programs: Programs) -> None:
     programs.answers["check"] = lambda call: "{}"
     programs.ends("check", 3)
 
@@ -114,7 +114,7 @@ def test_any_other_exit_status_is_a_failure(programs: Programs) -> None:
         command.run(DISK, "qemu-img", "check", DISK)
 
 
-def test_a_failure_tells_program_status_and_what_it_said(programs: Programs) -> None:
+def test_failure_tells_program_status_and_what_it_said(programs: Programs) -> None:
     programs.ends("create", 1, "qemu-img: disk: Permission denied\n")
 
     with pytest.raises(exceptions.CommandFailed) as caught:
@@ -124,7 +124,7 @@ def test_a_failure_tells_program_status_and_what_it_said(programs: Programs) -> 
     assert "qemu-img create failed with status 1: qemu-img: disk: Permission denied." in str(caught.value)
 
 
-def test_a_failure_is_the_process_error_that_nova_expects(programs: Programs) -> None:
+def test_failure_is_the_process_error_that_nova_expects(programs: Programs) -> None:
     programs.ends("create", 5, "no\n")
 
     with pytest.raises(processutils.ProcessExecutionError) as caught:
@@ -137,9 +137,7 @@ def test_a_failure_is_the_process_error_that_nova_expects(programs: Programs) ->
 
 @pytest.mark.parametrize("reason", [ENOSPC, EDQUOT])
 @pytest.mark.parametrize("program", ["qemu-img", "fallocate", "dd"])
-def test_a_full_filesystem_is_told_apart_whatever_program_meets_it(
-    programs: Programs, program: str, reason: str
-) -> None:
+def test_full_filesystem_is_told_apart_whatever_program_meets_it(programs: Programs, program: str, reason: str) -> None:
     programs.ends("create" if program == "qemu-img" else program, 1, f"{program}: {DISK}: {reason}\n")
 
     with pytest.raises(exceptions.NoSpace) as caught:
@@ -150,7 +148,7 @@ def test_a_full_filesystem_is_told_apart_whatever_program_meets_it(
     assert reason in str(caught.value.stderr)
 
 
-def test_a_program_that_says_nothing_still_makes_an_error(programs: Programs) -> None:
+def test_program_that_says_nothing_still_makes_an_error(programs: Programs) -> None:
     def mute(*argv: str, **kwargs: object) -> None:
         raise processutils.ProcessExecutionError(stdout=None, stderr=None, exit_code=9, cmd="sync")
 
@@ -161,7 +159,7 @@ def test_a_program_that_says_nothing_still_makes_an_error(programs: Programs) ->
         command.run(DISK, "sync", DISK)
 
 
-def test_a_signal_under_limits_means_that_the_limits_were_reached(programs: Programs) -> None:
+def test_signal_under_limits_means_that_the_limits_were_reached(programs: Programs) -> None:
     programs.ends("info", -24)
 
     with pytest.raises(exceptions.ProgramKilled) as caught:
@@ -171,14 +169,14 @@ def test_a_signal_under_limits_means_that_the_limits_were_reached(programs: Prog
     assert "7 s of CPU time and 9 bytes of memory" in caught.value.reason
 
 
-def test_a_signal_without_limits_is_an_ordinary_failure(programs: Programs) -> None:
+def test_signal_without_limits_is_an_ordinary_failure(programs: Programs) -> None:
     programs.ends("create", -15)
 
     with pytest.raises(exceptions.CommandFailed, match="status -15"):
         command.run(DISK, "qemu-img", "create", DISK)
 
 
-def test_a_missing_program_is_named_with_the_packages_to_install(programs: Programs) -> None:
+def test_missing_program_is_named_with_the_packages_to_install(programs: Programs) -> None:
     programs.uninstall("qemu-img")
 
     with pytest.raises(exceptions.ProgramMissing) as caught:
@@ -188,7 +186,7 @@ def test_a_missing_program_is_named_with_the_packages_to_install(programs: Progr
     assert "qemu-utils" in caught.value.remedy
 
 
-def test_a_program_that_is_there_and_fails_under_limits_is_not_missing(programs: Programs) -> None:
+def test_program_that_is_there_and_fails_under_limits_is_not_missing(programs: Programs) -> None:
     programs.ends("info", 1, "qemu-img: Could not open 'disk': No such file or directory")
 
     with pytest.raises(exceptions.CommandFailed, match="No such file"):
@@ -205,7 +203,7 @@ def only_timeout(tmp_path: pathlib.Path) -> Iterator[None]:
 
 # Not played: how timeout and oslo.concurrency's wrapper end is theirs to say.
 @pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
-def test_a_program_that_is_missing_is_told_apart(only_timeout: None, limits: processutils.ProcessLimits | None) -> None:
+def test_program_that_is_missing_is_told_apart(only_timeout: None, limits: processutils.ProcessLimits | None) -> None:
     with pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started") as caught:
         command.run(DISK, "qemu-img", "info", DISK, limits=limits)
 
@@ -213,7 +211,7 @@ def test_a_program_that_is_missing_is_told_apart(only_timeout: None, limits: pro
 
 
 @pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
-def test_a_missing_timeout_is_not_a_missing_program(
+def test_missing_timeout_is_not_a_missing_program(
     tmp_path: pathlib.Path, limits: processutils.ProcessLimits | None
 ) -> None:
     with (
@@ -225,7 +223,7 @@ def test_a_missing_timeout_is_not_a_missing_program(
     assert caught.value.program == "timeout"
 
 
-def test_a_failed_program_is_told_with_the_names_of_the_files_that_it_was_given(
+def test_failed_program_is_told_with_the_names_of_the_files_that_it_was_given(
     programs: Programs, tmp_path: pathlib.Path
 ) -> None:
     with (tmp_path / "disk").open("wb") as file:
@@ -247,7 +245,7 @@ def test_all_of_what_is_printed_is_returned_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_flood_is_cut_off_and_takes_no_memory(status: int) -> None:
+def test_flood_is_cut_off_and_takes_no_memory(status: int) -> None:
     # 100 MB of a program's stderr took 829 MiB.
     flood = f"head -c 100M /dev/zero | tr '\\0' x >&2 2>/dev/null; head -c 100M /dev/zero 2>/dev/null; exit {status}"
 
@@ -289,7 +287,7 @@ def hurried() -> Iterator[None]:
 
 @pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
 @pytest.mark.parametrize("script", ["exec sleep 60", "trap '' TERM; while :; do sleep 0.1; done"])
-def test_a_program_that_never_ends_is_ended(script: str, limits: processutils.ProcessLimits | None) -> None:
+def test_program_that_never_ends_is_ended(script: str, limits: processutils.ProcessLimits | None) -> None:
     started = time.monotonic()
 
     with hurried(), pytest.raises(exceptions.ProgramKilled, match="was not done after") as caught:
@@ -327,11 +325,16 @@ def sleeper(told: pathlib.Path) -> tuple[str, ...]:
     return "sh", "-c", f"echo $$ >{told}.part && mv {told}.part {told}; exec sleep 300"
 
 
+def alarm(told: pathlib.Path) -> None:
+    until(told.exists)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+
 class Interrupt(BaseException):
     """What a signal's handler may raise."""
 
 
-def test_an_exception_that_comes_meanwhile_ends_the_program(tmp_path: pathlib.Path) -> None:
+def test_exception_that_comes_meanwhile_ends_the_program(tmp_path: pathlib.Path) -> None:
     told = tmp_path / "told"
 
     def interrupted() -> None:
@@ -344,7 +347,7 @@ def test_an_exception_that_comes_meanwhile_ends_the_program(tmp_path: pathlib.Pa
     until(lambda: is_gone(int(told.read_text())))
 
 
-def test_a_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path) -> None:
+def test_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path) -> None:
     told = tmp_path / "told"
 
     def handler(number: int, frame: object) -> None:
@@ -356,7 +359,7 @@ def test_a_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path)
             command.run(
                 DISK,
                 *sleeper(told),
-                meanwhile=lambda: (until(told.exists), signal.setitimer(signal.ITIMER_REAL, 0.2)),
+                meanwhile=lambda: alarm(told),
             )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -366,7 +369,7 @@ def test_a_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path)
 
 
 @pytest.mark.parametrize("limits", ["None", "processutils.ProcessLimits(cpu_time=30)"])
-def test_a_program_ends_with_the_process_that_has_started_it(tmp_path: pathlib.Path, limits: str) -> None:
+def test_program_ends_with_the_process_that_has_started_it(tmp_path: pathlib.Path, limits: str) -> None:
     told = tmp_path / "told"
     code = (
         "from oslo_concurrency import processutils; from imgprealloc import command;"
@@ -381,7 +384,7 @@ def test_a_program_ends_with_the_process_that_has_started_it(tmp_path: pathlib.P
     until(lambda: is_gone(int(told.read_text())))
 
 
-def test_a_program_leaves_nothing_open() -> None:
+def test_program_leaves_nothing_open() -> None:
     before = os.listdir("/proc/self/fd")
 
     command.run(DISK, "true")

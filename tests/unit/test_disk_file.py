@@ -12,6 +12,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import time
 from typing import Any
 
 import fixtures
@@ -46,7 +47,7 @@ def all_closed() -> Iterator[None]:
 
 
 @each_opening
-def test_a_disk_is_open_with_its_folder_and_its_name(disk: pathlib.Path, opening: Opening) -> None:
+def test_disk_is_open_with_its_folder_and_its_name(disk: pathlib.Path, opening: Opening) -> None:
     with opening(str(disk)) as file:
         assert (file.path, file.folder, file.name) == (str(disk), str(disk.parent), "disk")
         assert os.path.samestat(os.fstat(file.fd), disk.stat())
@@ -55,7 +56,7 @@ def test_a_disk_is_open_with_its_folder_and_its_name(disk: pathlib.Path, opening
 
 
 @each_opening
-def test_a_relative_path_stays_as_it_was_named(
+def test_relative_path_stays_as_it_was_named(
     disk: pathlib.Path, opening: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(disk.parent)
@@ -65,7 +66,7 @@ def test_a_relative_path_stays_as_it_was_named(
 
 
 @each_opening
-def test_a_link_is_resolved_once(disk: pathlib.Path, opening: Opening) -> None:
+def test_link_is_resolved_once(disk: pathlib.Path, opening: Opening) -> None:
     link = disk.parent.parent / "link"
     link.symlink_to("instance/disk")
 
@@ -87,7 +88,7 @@ def test_two_dots_after_a_link_lead_where_the_system_says(disk: pathlib.Path, op
         assert file.real_path == str(disk.parent.parent / "disk")
 
 
-def test_a_program_opens_the_same_file_whatever_has_its_name_by_then(disk: pathlib.Path) -> None:
+def test_program_opens_the_same_file_whatever_has_its_name_by_then(disk: pathlib.Path) -> None:
     with disk_file.opened(str(disk)) as file:
         disk.rename(disk.parent / "kept")
         disk.write_bytes(b"another")
@@ -97,7 +98,7 @@ def test_a_program_opens_the_same_file_whatever_has_its_name_by_then(disk: pathl
     assert read == b"content"
 
 
-def test_the_folder_stays_the_same_whatever_has_its_name_by_then(disk: pathlib.Path) -> None:
+def test_folder_stays_the_same_whatever_has_its_name_by_then(disk: pathlib.Path) -> None:
     with disk_file.place(str(disk)) as place:
         disk.parent.rename(disk.parent.parent / "kept")
         disk.parent.mkdir()
@@ -105,7 +106,7 @@ def test_the_folder_stays_the_same_whatever_has_its_name_by_then(disk: pathlib.P
         assert place.stat() is not None
 
 
-def test_a_backing_file_is_looked_for_beside_the_disk_itself(disk: pathlib.Path) -> None:
+def test_backing_file_is_looked_for_beside_the_disk_itself(disk: pathlib.Path) -> None:
     link = disk.parent.parent / "link"
     link.symlink_to("instance/disk")
 
@@ -154,7 +155,7 @@ def test_what_cannot_be_looked_at_is_not_what_is_not_there(disk: pathlib.Path, o
         return real(path, *how, **more)
 
     with (
-        fixtures.MockPatchObject(disk_file.os, "stat", fail),
+        fixtures.MockPatchObject(os, "stat", fail),
         pytest.raises(OSError, match=os.strerror(code)),
         opening(str(disk)),
     ):
@@ -175,7 +176,7 @@ def test_what_comes_between_the_look_and_the_opening_is_neither_followed_nor_wai
         return real(path, flags, *mode, **how)
 
     with (
-        fixtures.MockPatchObject(disk_file.os, "open", late),
+        fixtures.MockPatchObject(os, "open", late),
         pytest.raises((exceptions.DiskNotFound, OSError)),
         opening(str(disk)),
     ):
@@ -183,7 +184,7 @@ def test_what_comes_between_the_look_and_the_opening_is_neither_followed_nor_wai
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
-def test_a_folder_is_no_place_for_a_disk(disk: pathlib.Path, name: str) -> None:
+def test_folder_is_no_place_for_a_disk(disk: pathlib.Path, name: str) -> None:
     with (
         pytest.raises(exceptions.DiskNotFound, match="names a folder"),
         disk_file.place(os.path.join(disk.parent, name)),
@@ -191,14 +192,14 @@ def test_a_folder_is_no_place_for_a_disk(disk: pathlib.Path, name: str) -> None:
         pytest.fail("the block must not run")
 
 
-def test_a_place_that_cannot_be_looked_at_is_not_one_where_nothing_is(disk: pathlib.Path) -> None:
+def test_place_that_cannot_be_looked_at_is_not_one_where_nothing_is(disk: pathlib.Path) -> None:
     with disk_file.place(str(disk.parent / "none")) as place:
         assert place.stat() is None
 
         def fail(*how: Any, **more: Any) -> None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-        with fixtures.MockPatchObject(disk_file.os, "stat", fail), pytest.raises(OSError, match="Stale"):
+        with fixtures.MockPatchObject(os, "stat", fail), pytest.raises(OSError, match="Stale"):
             place.stat()
 
 
@@ -212,7 +213,7 @@ def test_who_asks_just_now_who_has_the_disk_open_is_waited_for(disk: pathlib.Pat
         def over(seconds: float) -> None:
             fcntl.fcntl(other.fileno(), fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
-        with fixtures.MockPatchObject(disk_file.time, "sleep", over), opening(str(disk)) as file:
+        with fixtures.MockPatchObject(time, "sleep", over), opening(str(disk)) as file:
             assert os.pread(file.fd, 10, 0) == b"content"
 
 
@@ -228,7 +229,7 @@ def test_of_two_that_work_on_a_disk_the_second_is_refused(disk: pathlib.Path) ->
         pytest.fail("the block must not run")
 
 
-def test_a_disk_that_is_worked_on_can_be_looked_at(disk: pathlib.Path) -> None:
+def test_disk_that_is_worked_on_can_be_looked_at(disk: pathlib.Path) -> None:
     with disk_file.claimed(str(disk)), disk_file.opened(str(disk)):
         pass
 
@@ -254,7 +255,7 @@ def test_who_has_waited_for_the_claim_does_not_work_on_what_was_replaced_meanwhi
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_disk_that_may_only_be_read_is_opened_for_reading(disk: pathlib.Path, code: int) -> None:
+def test_disk_that_may_only_be_read_is_opened_for_reading(disk: pathlib.Path, code: int) -> None:
     real = os.open
 
     def refuse(path: str, flags: int, *mode: int, **how: int) -> int:
@@ -262,7 +263,7 @@ def test_a_disk_that_may_only_be_read_is_opened_for_reading(disk: pathlib.Path, 
             raise OSError(code, os.strerror(code), path)
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(disk_file.os, "open", refuse), disk_file.claimed(str(disk)) as file:
+    with fixtures.MockPatchObject(os, "open", refuse), disk_file.claimed(str(disk)) as file:
         assert os.pread(file.fd, 10, 0) == b"content"
 
 
@@ -277,7 +278,7 @@ def test_a_disk_that_may_only_be_read_is_opened_for_reading(disk: pathlib.Path, 
         pytest.param(lambda disk: os.replace(_twin(disk), disk), id="replaced by one of the same time and size"),
     ],
 )
-def test_a_disk_that_has_changed_since_it_was_looked_at_is_refused(
+def test_disk_that_has_changed_since_it_was_looked_at_is_refused(
     disk: pathlib.Path, change: Callable[[pathlib.Path], object]
 ) -> None:
     # Clocks of filesystems tick slowly.

@@ -15,7 +15,6 @@ import pytest
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
-from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
@@ -120,7 +119,7 @@ def no_room_for_a_file(host: Host) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", full):
+    with fixtures.MockPatchObject(os, "open", full):
         Preallocator().create(host.path(), SIZE)
 
 
@@ -172,14 +171,14 @@ def test_every_error_of_a_disk_is_provoked_here() -> None:
 
 
 @each_error
-def test_an_error_is_exactly_of_its_kind(
+def test_error_is_exactly_of_its_kind(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     assert type(raised(kind, provoke, host)) is kind
 
 
 @each_error
-def test_an_error_names_the_disk_what_was_found_and_a_way_out(
+def test_error_names_the_disk_what_was_found_and_a_way_out(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     error = raised(kind, provoke, host)
@@ -194,7 +193,7 @@ def test_an_error_names_the_disk_what_was_found_and_a_way_out(
 
 
 @each_error
-def test_an_error_is_what_the_caller_of_the_library_catches(
+def test_error_is_what_the_caller_of_the_library_catches(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     with pytest.raises(PreallocationError):
@@ -202,7 +201,7 @@ def test_an_error_is_what_the_caller_of_the_library_catches(
 
 
 @pytest.mark.parametrize("provoke", [failed, no_space, no_space_foreseen, no_room_for_a_file])
-def test_a_failed_program_is_the_process_error_that_nova_reschedules_on(
+def test_failed_program_is_the_process_error_that_nova_reschedules_on(
     host: Host, provoke: Callable[[Host], None]
 ) -> None:
     with pytest.raises(processutils.ProcessExecutionError) as caught:
@@ -217,7 +216,7 @@ def test_a_failed_program_is_the_process_error_that_nova_reschedules_on(
     ("provoke", "command"),
     [(failed, "qemu-img create -q -f qcow2"), (no_space, "fallocate -n -o 0")],
 )
-def test_a_failed_program_is_told_with_its_command(host: Host, provoke: Callable[[Host], None], command: str) -> None:
+def test_failed_program_is_told_with_its_command(host: Host, provoke: Callable[[Host], None], command: str) -> None:
     with pytest.raises(exceptions.CommandFailed) as caught:
         provoke(host)
 
@@ -227,15 +226,15 @@ def test_a_failed_program_is_told_with_its_command(host: Host, provoke: Callable
 
 
 @pytest.mark.parametrize("provoke", [failed, missing])
-def test_an_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Host], None]) -> None:
+def test_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Host], None]) -> None:
     with pytest.raises(PreallocationError) as caught:
         provoke(host)
 
     assert isinstance(caught.value.__cause__, (OSError, processutils.ProcessExecutionError))
 
 
-def test_an_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
-    process_errors = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
+def test_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
+    process_errors: set[type] = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
 
     assert process_errors == {exceptions.CommandFailed, exceptions.NoSpace}
 
@@ -256,7 +255,7 @@ def test_what_the_system_refuses_is_told_with_its_reason_and_the_file(host: Host
     assert "No such file or directory" in error.reason
 
 
-def test_a_format_mismatch_can_be_caught_as_an_unsupported_format() -> None:
+def test_format_mismatch_can_be_caught_as_an_unsupported_format() -> None:
     assert issubclass(exceptions.FormatMismatch, exceptions.UnsupportedFormat)
 
 
@@ -267,7 +266,7 @@ def test_what_was_found_is_kept_with_the_promise_that_was_broken(host: Host) -> 
     assert (error.image.path, error.image.state) == (host.path(), "mapped")
 
 
-def test_a_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
+def test_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
     error = exceptions.IncompatibleNova(["Flat.cache: it is missing", "Qcow2.cache: it is missing"])
 
     assert error.faults == ("Flat.cache: it is missing", "Qcow2.cache: it is missing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import errno
+import fcntl
 import os
 import pathlib
 import struct
@@ -49,7 +50,7 @@ def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
 
 
-def test_a_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
+def test_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
     file.write_bytes(b"data")
 
     fallocate.reserve(DISK, str(file), 0, 128 * units.Ki)
@@ -113,7 +114,7 @@ def test_nothing_to_unshare_runs_nothing(programs: Programs) -> None:
 # The process behind unshare().
 
 
-def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
+def test_process_unshares_every_stretch(file: pathlib.Path) -> None:
     seen: list[tuple[int, int, int]] = []
     with fixtures.MockPatchObject(fallocate, "_fallocate", lambda fd, *arguments: seen.append(arguments)):
         status = fallocate._main(str(file), "0:4096", "8192:512")
@@ -123,7 +124,7 @@ def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
     assert status == 0
 
 
-def test_the_process_says_in_the_words_of_strerror_what_went_wrong(
+def test_process_says_in_the_words_of_strerror_what_went_wrong(
     file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: int) -> None:
@@ -148,7 +149,7 @@ class Fiemap(fixtures.Fixture):
         self.calls = 0
 
     def _setUp(self) -> None:
-        self.useFixture(fixtures.MockPatchObject(fallocate.fcntl, "ioctl", self._ioctl))
+        self.useFixture(fixtures.MockPatchObject(fcntl, "ioctl", self._ioctl))
 
     def _ioctl(self, fd: int, request: int, buffer: bytearray) -> int:
         assert request == 0xC020660B
@@ -184,7 +185,7 @@ def test_extents_that_touch_are_one_unless_one_is_shared(file: pathlib.Path) -> 
     ]
 
 
-def test_a_file_without_extents_has_none(file: pathlib.Path) -> None:
+def test_file_without_extents_has_none(file: pathlib.Path) -> None:
     with Fiemap([]):
         assert fallocate.extents(str(file)) == []
 
@@ -201,13 +202,13 @@ def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) 
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
-def test_a_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(code)):
+def test_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(code)):
         assert fallocate.extents(str(file)) is None
 
 
 def test_any_other_fault_of_the_extent_map_is_an_error(file: pathlib.Path) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
         fallocate.extents(str(file))
 
 
@@ -242,27 +243,27 @@ def test_space_that_is_really_there_is_believed(file: pathlib.Path) -> None:
     assert supported(file, write) is True
 
 
-def test_a_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
+def test_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
     # As on ZFS.
     assert supported(file, lambda *arguments: None) is False
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
+def test_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is False
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
+def test_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is True
 
 
-def test_a_fault_is_not_an_answer(file: pathlib.Path) -> None:
+def test_fault_is_not_an_answer(file: pathlib.Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         supported(file, raises(errno.EIO))
 
 
-def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
+def test_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     modes: list[int] = []
 
     supported(file, lambda fd, mode, offset, length: modes.append(mode))
@@ -271,6 +272,6 @@ def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     assert modes == [1]
 
 
-def test_the_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
+def test_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
     with file.open("rb") as unwritable, pytest.raises(OSError, match="Bad file descriptor"):
         fallocate._fallocate(unwritable.fileno(), 0, 0, 4096)

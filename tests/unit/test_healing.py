@@ -57,7 +57,7 @@ def turn() -> Turn:
 
 def playing(outcome: Any = None, *, state: str = "preallocated", mode: str = "falloc") -> mock.Mock:
     """Return a strategy that answers so."""
-    strategy = mock.create_autospec(Preallocator, instance=True)
+    strategy: mock.Mock = mock.create_autospec(Preallocator, instance=True)
     strategy.mode = mode
     strategy.inspect.return_value = mock.Mock(state=state)
     strategy.preallocate.side_effect = outcome
@@ -71,7 +71,7 @@ def error(kind: type[exceptions.PreallocationError], *more: Any) -> exceptions.P
 # A disk that Nova has just made.
 
 
-def test_a_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Turn) -> None:
+def test_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Turn) -> None:
     strategy = playing(lambda *_, **more: turn.held or pytest.fail("not in turn"))
 
     healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
@@ -81,7 +81,7 @@ def test_a_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: 
 
 
 @pytest.mark.parametrize("kind", [exceptions.NoSpace, exceptions.ImageInUse, exceptions.UnsupportedFilesystem])
-def test_a_new_disk_that_cannot_be_preallocated_is_an_error(turn: Turn, kind: Any) -> None:
+def test_new_disk_that_cannot_be_preallocated_is_an_error(turn: Turn, kind: Any) -> None:
     with pytest.raises(kind):
         healing.preallocate_new(playing(error(kind)), "/d/disk", "qcow2", turn)
 
@@ -92,7 +92,7 @@ def test_a_new_disk_that_cannot_be_preallocated_is_an_error(turn: Turn, kind: An
 
 
 @pytest.mark.parametrize("existing", ["reserve", "rewrite"])
-def test_a_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn: Turn, existing: Existing) -> None:
+def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn: Turn, existing: Existing) -> None:
     strategy = playing(lambda *_, **more: turn.held or pytest.fail("not in turn"))
 
     healing.heal(strategy, disk, "raw", existing, turn)
@@ -137,7 +137,7 @@ def test_what_nobody_has_foreseen_is_told_with_its_trace_and_the_guest_starts(
     assert disk in told.getMessage()
 
 
-def test_an_end_by_a_signal_is_no_error_that_a_start_passes_over(disk: str, turn: Turn) -> None:
+def test_end_by_a_signal_is_no_error_that_a_start_passes_over(disk: str, turn: Turn) -> None:
     with pytest.raises(KeyboardInterrupt):
         healing.heal(playing(KeyboardInterrupt()), disk, "qcow2", "reserve", turn)
 
@@ -149,12 +149,12 @@ def test_an_end_by_a_signal_is_no_error_that_a_start_passes_over(disk: str, turn
     [("thin", "falloc", 1), ("mapped", "full", 1), ("reserved", "falloc", 0), ("preallocated", "full", 0),
      ("thin", "metadata", 0)],
 )  # fmt: skip
-def test_a_disk_that_is_not_ours_to_write_is_only_looked_at(
+def test_disk_that_is_not_ours_to_write_is_only_looked_at(
     disk: str, turn: Turn, logged: Logged, state: str, mode: str, warnings: int
 ) -> None:
     strategy = playing(state=state, mode=mode)
 
-    with fixtures.MockPatchObject(healing.os, "access", lambda path, how: False):
+    with fixtures.MockPatchObject(os, "access", lambda path, how: False):
         for _ in range(2):
             healing.heal(strategy, disk, "raw", "rewrite", turn)
 
@@ -190,7 +190,7 @@ def under(available: int, held: list[Extent] | None = None, *, can: bool = True)
         (0, 0, [], False),
     ],
 )
-def test_a_start_fails_for_want_of_space_only_where_stock_nova_s_would(
+def test_start_fails_for_want_of_space_only_where_stock_nova_s_would(
     disk: str, turn: Turn, logged: Logged, length: int | None, available: int, held: list[Extent], lacks: bool
 ) -> None:
     short = pytest.raises(exceptions.NoSpace) if lacks else contextlib.nullcontext()
@@ -216,7 +216,7 @@ def test_where_there_is_no_fallocate_stock_nova_does_without(disk: str) -> None:
         assert not healing.would_lack_space_in_stock_nova(disk, units.Mi)
 
 
-def test_a_guest_starts_where_it_cannot_be_told(disk: str) -> None:
+def test_guest_starts_where_it_cannot_be_told(disk: str) -> None:
     def fail(folder: str) -> Filesystem:
         raise OSError(5, "Input/output error")
 

@@ -65,13 +65,13 @@ def test_copy_on_write_makes_all_held_space_worthless() -> None:
     assert (disk.shortfall, disk.held, disk.state) == (WORST_CASE, False, "mapped")
 
 
-def test_a_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
+def test_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
     disk = image(clusters=10, mapped_clusters=10, held_size=WORST_CASE, snapshots=1)
 
     assert (disk.mapped, disk.state) == (False, "reserved")
 
 
-def test_a_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
+def test_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
     assert image(format="raw", held_size=WORST_CASE, copy_on_write=True).state == "thin"
 
 
@@ -80,7 +80,7 @@ def test_two_looks_at_one_disk_are_equal_whenever_they_were_taken() -> None:
 
 
 @pytest.mark.parametrize("fact", ["device", "inode", "size", "modified", "changed"])
-def test_a_stamp_tells_another_file_and_another_content(fact: str) -> None:
+def test_stamp_tells_another_file_and_another_content(fact: str) -> None:
     assert dataclasses.replace(STAMP, **{fact: 9}) != STAMP
 
 
@@ -92,5 +92,5 @@ def test_stray_bytes_are_those_after_the_last_cluster(image_end: int, file_size:
     assert image(cluster_size=65536, image_end=image_end, file_size=file_size).has_stray_bytes is stray
 
 
-def test_a_raw_disk_has_no_stray_bytes() -> None:
+def test_raw_disk_has_no_stray_bytes() -> None:
     assert not image(format="raw", cluster_size=None, file_size=units.Gi).has_stray_bytes

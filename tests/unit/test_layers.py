@@ -86,13 +86,13 @@ def test_every_module_has_its_floor() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(FLOOR_OF))
-def test_a_module_imports_only_what_is_below_it(module: str) -> None:
+def test_module_imports_only_what_is_below_it(module: str) -> None:
     above = {name for name in ours(MODULES[module]) - {FACADE} if FLOOR_OF[name] >= FLOOR_OF[module]}
 
     assert above == set()
 
 
-def test_the_package_s_own_names_are_for_its_users_and_the_command_s_version() -> None:
+def test_package_s_own_names_are_for_its_users_and_the_command_s_version() -> None:
     assert {name for name, tree in MODULES.items() if FACADE in ours(tree)} == {"cli"}
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import fixtures
@@ -56,18 +58,18 @@ def qemu_may_write(path: str) -> bool:
 # What QEMU's bytes tell.
 
 
-def test_a_disk_that_nobody_has_has_no_writer(fd: int) -> None:
+def test_disk_that_nobody_has_has_no_writer(fd: int) -> None:
     assert lock.has_writer(fd) is False
 
 
 @pytest.mark.parametrize("byte", [host.WRITES, host.RESIZES])
-def test_a_disk_that_qemu_may_write_or_resize_has_a_writer(disk: str, fd: int, byte: int) -> None:
+def test_disk_that_qemu_may_write_or_resize_has_a_writer(disk: str, fd: int, byte: int) -> None:
     with host.opened_by_qemu(disk, byte):
         assert lock.has_writer(fd) is True
 
 
 @pytest.mark.parametrize("byte", [host.READS, host.NO_WRITER, host.NO_RESIZER])
-def test_a_disk_that_qemu_only_reads_has_no_writer(disk: str, fd: int, byte: int) -> None:
+def test_disk_that_qemu_only_reads_has_no_writer(disk: str, fd: int, byte: int) -> None:
     with host.opened_by_qemu(disk, byte):
         assert lock.has_writer(fd) is False
 
@@ -82,7 +84,7 @@ def test_whoever_qemu_would_be_refused_by_is_refused_to_us(disk: str, fd: int, b
             pytest.fail("the block must not run")
 
 
-def test_a_disk_that_nobody_has_open_is_not_refused(disk: str, fd: int) -> None:
+def test_disk_that_nobody_has_open_is_not_refused(disk: str, fd: int) -> None:
     lock.refuse_users(disk, fd)
 
 
@@ -114,7 +116,7 @@ def test_qemu_can_open_for_writing_after_an_error(disk: str, fd: int) -> None:
     assert qemu_may_write(disk) is True
 
 
-def test_a_disk_with_a_writer_cannot_be_kept_from_writers(disk: str, fd: int) -> None:
+def test_disk_with_a_writer_cannot_be_kept_from_writers(disk: str, fd: int) -> None:
     with host.opened_by_qemu(disk):
         with pytest.raises(exceptions.ImageInUse), lock.no_writer(disk, fd):
             pytest.fail("the block must not run")
@@ -138,15 +140,15 @@ def test_qemu_may_read_what_is_kept_from_writers(disk: str, fd: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["rb", "r+b"])
-def test_an_open_file_elsewhere_is_refused(disk: str, fd: int, mode: str) -> None:
+def test_open_file_elsewhere_is_refused(disk: str, fd: int, mode: str) -> None:
     # A guest that is being restored has its disk open, and no lock on it.
     with open(disk, mode), pytest.raises(exceptions.ImageInUse, match=f"fuser -v {disk}"):
         lock.refuse_users(disk, fd)
 
 
-def test_an_open_file_that_is_soon_closed_is_waited_for(disk: str, fd: int) -> None:
+def test_open_file_that_is_soon_closed_is_waited_for(disk: str, fd: int) -> None:
     other = open(disk, "rb")  # noqa: SIM115
-    with fixtures.MockPatchObject(lock.time, "sleep", lambda seconds: other.close()):
+    with fixtures.MockPatchObject(time, "sleep", lambda seconds: other.close()):
         lock.refuse_users(disk, fd)
 
     assert other.closed
@@ -196,7 +198,7 @@ def without_leases(code: int) -> fixtures.Fixture:
             raise OSError(code, os.strerror(code))
         return real(fd, command, *argument)
 
-    return fixtures.MockPatchObject(lock.fcntl, "fcntl", refuse)
+    return fixtures.MockPatchObject(fcntl, "fcntl", refuse)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -205,13 +207,13 @@ def test_where_a_filesystem_has_no_leases_we_do_without(disk: str, fd: int, code
         lock.refuse_users(disk, fd)
 
 
-def test_a_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
+def test_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
     with without_leases(errno.EAGAIN), fixtures.MockPatchObject(filesystem, "is_remote", lambda path: True):
         lock.refuse_users(disk, fd)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES])
-def test_a_loop_device_s_file_is_refused_also_without_leases(
+def test_loop_device_s_file_is_refused_also_without_leases(
     disk: str, fd: int, tmp_path: pathlib.Path, code: int
 ) -> None:
     attribute = tmp_path / "backing_file"
@@ -219,7 +221,7 @@ def test_a_loop_device_s_file_is_refused_also_without_leases(
 
     with (
         without_leases(code),
-        fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(tmp_path / "gone"), str(attribute)]),
+        fixtures.MockPatchObject(glob, "glob", lambda pattern: [str(tmp_path / "gone"), str(attribute)]),
         pytest.raises(exceptions.ImageInUse, match="losetup --list"),
     ):
         lock.refuse_users(disk, fd)
@@ -229,7 +231,7 @@ def test_another_file_s_loop_device_is_nothing_to_us(disk: str, fd: int, tmp_pat
     attribute = tmp_path / "backing_file"
     attribute.write_text("/a/file/that/is/gone (deleted)\n")
 
-    with without_leases(errno.EINVAL), fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(attribute)]):
+    with without_leases(errno.EINVAL), fixtures.MockPatchObject(glob, "glob", lambda pattern: [str(attribute)]):
         lock.refuse_users(disk, fd)
 
 
@@ -242,7 +244,7 @@ def test_one_imgprealloc_alone_has_a_file(disk: str) -> None:
         assert lock.try_exclusive(second.fileno()) is False
 
 
-def test_the_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
+def test_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
     with open(disk, "r+b") as first:
         lock.try_exclusive(first.fileno())
 
@@ -276,20 +278,20 @@ def refusing(code: int) -> Callable[..., bytes]:
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, fd: int, code: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(code)):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.has_writer(fd) is False
         with lock.no_writer(disk, fd):
             assert lock.try_exclusive(fd) is True
 
 
 def test_any_other_fault_of_a_lock_is_an_error(fd: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
         lock.has_writer(fd)
 
 
-def test_a_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
+def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
     with (
-        fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
         pytest.raises(OSError, match="no locks"),
     ):
         lock.try_exclusive(fd)

@@ -12,13 +12,13 @@ from imgprealloc import log
 Logged = Callable[[int], list[str]]
 
 
-def test_a_warning_names_what_it_is_about(logged: Logged) -> None:
+def test_warning_names_what_it_is_about(logged: Logged) -> None:
     log.warn_once("short", "/d/disk", "4096 bytes short")
 
     assert logged(logging.WARNING) == ["/d/disk: 4096 bytes short"]
 
 
-def test_the_same_is_warned_of_once_and_is_debug_from_then_on(logged: Logged) -> None:
+def test_same_is_warned_of_once_and_is_debug_from_then_on(logged: Logged) -> None:
     # The numbers in it are others each time.
     for number in range(3):
         log.warn_once("short", "/d/disk", f"{number} bytes short")
@@ -48,7 +48,7 @@ def test_what_is_remembered_does_not_grow_without_bound(logged: Logged) -> None:
     assert len(logged(logging.WARNING)) == 26
 
 
-def test_a_new_process_warns_of_everything_once_more(logged: Logged) -> None:
+def test_new_process_warns_of_everything_once_more(logged: Logged) -> None:
     log.warn_once("short", "/d/disk", "short")
     log.forget()
     log.warn_once("short", "/d/disk", "short")

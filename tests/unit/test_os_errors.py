@@ -13,7 +13,7 @@ from imgprealloc import os_errors
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_system_call_without_space_fails_like_a_program_without_space(code: int) -> None:
+def test_system_call_without_space_fails_like_a_program_without_space(code: int) -> None:
     with pytest.raises(exceptions.NoSpace) as caught, os_errors.translated("/d/disk"):
         raise OSError(code, os.strerror(code), "/d/.disk.imgprealloc")
 
@@ -51,14 +51,14 @@ def test_what_to_do_next_fits_what_the_system_has_refused(code: int, remedy: str
     assert ("permissions" in caught.value.remedy) is (remedy == "permissions")
 
 
-def test_a_nul_in_a_path_is_an_error_with_the_disk_s_name() -> None:
+def test_nul_in_a_path_is_an_error_with_the_disk_s_name() -> None:
     with pytest.raises(exceptions.FileError, match="NUL") as caught, os_errors.translated("/d/a\0b"):
         os.stat("/d/a\0b")
 
     assert (caught.value.path, caught.value.errno) == ("/d/a\0b", errno.EINVAL)
 
 
-def test_a_nul_in_a_program_s_words_is_an_error_with_the_disk_s_name() -> None:
+def test_nul_in_a_program_s_words_is_an_error_with_the_disk_s_name() -> None:
     with pytest.raises(exceptions.FileError, match="NUL") as caught, os_errors.translated("/d/disk"):
         processutils.execute("true", "/d/ba\0se")
 
@@ -79,14 +79,14 @@ def test_our_own_errors_pass_through_untouched() -> None:
     assert caught.value is error
 
 
-def test_a_call_on_an_open_file_is_told_with_the_disk_and_not_with_a_number() -> None:
+def test_call_on_an_open_file_is_told_with_the_disk_and_not_with_a_number() -> None:
     with pytest.raises(exceptions.FileError) as caught, os_errors.translated("/d/disk"):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), 17)
 
     assert caught.value.reason == f"{os.strerror(errno.EOPNOTSUPP)} (/d/disk)"
 
 
-def test_a_name_that_is_no_utf_8_can_be_told() -> None:
+def test_name_that_is_no_utf_8_can_be_told() -> None:
     with pytest.raises(exceptions.FileError) as caught, os_errors.translated("/d/disk"):
         raise OSError(errno.EIO, os.strerror(errno.EIO), b"/d/\xff")
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import logging
 import os
 import pathlib
+from typing import Any
 
 import fixtures
 import pytest
 
 import imgprealloc
 from imgprealloc import DiskImage
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import lock
@@ -37,19 +39,19 @@ def test_it_holds_space_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "space", "", None, "FALLOC"])
-def test_a_mode_that_does_not_exist_is_refused_at_once(mode: str) -> None:
+def test_mode_that_does_not_exist_is_refused_at_once(mode: Any) -> None:
     with pytest.raises(ValueError, match="is not one of falloc, full, metadata"):
         Preallocator(mode)
 
 
 @pytest.mark.parametrize("fallback", ["falloc", "warn", "", None])
-def test_a_fallback_that_does_not_exist_is_refused_at_once(fallback: str) -> None:
+def test_fallback_that_does_not_exist_is_refused_at_once(fallback: Any) -> None:
     with pytest.raises(ValueError, match="is not one of metadata, full, error"):
         Preallocator(on_unsupported=fallback)
 
 
 @pytest.mark.parametrize("size", [0, -16384, 8192, 16383, 100000, 131073, 4 << 20])
-def test_a_cluster_size_that_qemu_would_refuse_is_refused_at_once(size: int) -> None:
+def test_cluster_size_that_qemu_would_refuse_is_refused_at_once(size: int) -> None:
     with pytest.raises(ValueError, match=f"overlay_cluster_size {size} is not one of 16384, .*2097152"):
         Preallocator(overlay_cluster_size=size)
 
@@ -66,7 +68,7 @@ def test_every_public_name_is_there() -> None:
 # Which format is taken.
 
 
-def test_the_caller_s_format_wins_over_what_the_file_looks_like(host: Host) -> None:
+def test_caller_s_format_wins_over_what_the_file_looks_like(host: Host) -> None:
     # A raw disk to which its guest has written a qcow2 header.
     path = host.qcow2()
 
@@ -78,7 +80,7 @@ def test_the_caller_s_format_wins_over_what_the_file_looks_like(host: Host) -> N
 
 @pytest.mark.parametrize("verb", ["inspect", "preallocate"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_format_is_detected_only_where_none_is_named(host: Host, verb: str, format: str) -> None:
+def test_format_is_detected_only_where_none_is_named(host: Host, verb: str, format: str) -> None:
     path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
 
     assert getattr(Preallocator(), verb)(path).format == format
@@ -89,7 +91,7 @@ def test_a_format_is_detected_only_where_none_is_named(host: Host, verb: str, fo
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_is_not_grown_under_a_format_that_was_only_detected(host: Host, format: str) -> None:
+def test_disk_is_not_grown_under_a_format_that_was_only_detected(host: Host, format: str) -> None:
     path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
     before = host.content(path)
 
@@ -101,13 +103,13 @@ def test_a_disk_is_not_grown_under_a_format_that_was_only_detected(host: Host, f
     assert host.content(path) == before
 
 
-def test_a_format_that_is_named_is_not_looked_for(host: Host) -> None:
+def test_format_that_is_named_is_not_looked_for(host: Host) -> None:
     assert in_format.raw().inspect(host.qcow2()).format == "raw"
     assert all(call.after("-f") == "raw" for call in host.calls)
 
 
 @pytest.mark.parametrize("format", ["vmdk", "luks", "qed", ""])
-def test_a_format_that_is_not_ours_is_refused_before_anything_runs(host: Host, format: str) -> None:
+def test_format_that_is_not_ours_is_refused_before_anything_runs(host: Host, format: str) -> None:
     path = host.raw()
 
     with pytest.raises(exceptions.UnsupportedFormat, match="raw or qcow2"):
@@ -118,7 +120,7 @@ def test_a_format_that_is_not_ours_is_refused_before_anything_runs(host: Host, f
     assert host.calls == []
 
 
-def test_a_detected_format_that_is_not_ours_is_refused(host: Host) -> None:
+def test_detected_format_that_is_not_ours_is_refused(host: Host) -> None:
     path = host.raw()
     host.amend["info"] = lambda answer: answer.update(format="vmdk")
 
@@ -128,7 +130,7 @@ def test_a_detected_format_that_is_not_ours_is_refused(host: Host) -> None:
     assert host.changes == []
 
 
-def test_the_strategy_for_a_format_is_configured_like_the_one_that_was_asked(host: Host) -> None:
+def test_strategy_for_a_format_is_configured_like_the_one_that_was_asked(host: Host) -> None:
     host.filesystem = NFS
     path = host.overlay()
 
@@ -138,20 +140,20 @@ def test_the_strategy_for_a_format_is_configured_like_the_one_that_was_asked(hos
     assert (create.options["preallocation"], create.options["cluster_size"]) == ("full", "65536")
 
 
-def test_a_new_disk_is_qcow2_unless_told_otherwise(host: Host) -> None:
+def test_new_disk_is_qcow2_unless_told_otherwise(host: Host) -> None:
     assert Preallocator().create(host.path(), SIZE).format == "qcow2"
     assert in_format.raw().create(host.path("other"), SIZE).format == "raw"
 
 
 @pytest.mark.parametrize("verb", ["inspect", "preallocate"])
-def test_a_path_may_be_a_path_object(host: Host, verb: str) -> None:
+def test_path_may_be_a_path_object(host: Host, verb: str) -> None:
     path = host.raw(held=SIZE)
 
     assert getattr(Preallocator(), verb)(pathlib.Path(path)).path == path
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_relative_path_works_and_stays_as_it_was_named(
+def test_relative_path_works_and_stays_as_it_was_named(
     host: Host, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     monkeypatch.chdir(host.folder)
@@ -168,7 +170,7 @@ def test_a_relative_path_works_and_stays_as_it_was_named(
 
 @pytest.mark.parametrize("size", [0, -1, -SIZE])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_without_a_size_is_refused_before_anything_runs(host: Host, format: str, size: int) -> None:
+def test_disk_without_a_size_is_refused_before_anything_runs(host: Host, format: str, size: int) -> None:
     with pytest.raises(exceptions.InvalidSize, match=f"{size} bytes are no size"):
         Preallocator().create(host.path(), size, format=format)
 
@@ -178,7 +180,7 @@ def test_a_disk_without_a_size_is_refused_before_anything_runs(host: Host, forma
 
 @pytest.mark.parametrize("size", [SIZE, SIZE - 1, 1, 0, -1])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_can_only_grow(host: Host, format: str, size: int) -> None:
+def test_disk_can_only_grow(host: Host, format: str, size: int) -> None:
     path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
 
     with pytest.raises(exceptions.InvalidSize):
@@ -189,7 +191,7 @@ def test_a_disk_can_only_grow(host: Host, format: str, size: int) -> None:
 
 @pytest.mark.parametrize("odd", [1, 511, 513])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_grows_to_whole_sectors(host: Host, format: str, odd: int) -> None:
+def test_disk_grows_to_whole_sectors(host: Host, format: str, odd: int) -> None:
     path = host.raw(held=SIZE) if format == "raw" else host.qcow2(mapped=1.0)
 
     image = Preallocator().resize(path, SIZE + odd, format=format)
@@ -199,14 +201,14 @@ def test_a_disk_grows_to_whole_sectors(host: Host, format: str, odd: int) -> Non
 
 @pytest.mark.parametrize("odd", [1, 511, 513])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_new_disk_has_whole_sectors(host: Host, format: str, odd: int) -> None:
+def test_new_disk_has_whole_sectors(host: Host, format: str, odd: int) -> None:
     image = Preallocator().create(host.path(), SIZE + odd, format=format)
 
     assert (image.virtual_size, image.state) == (SIZE + -(-odd // 512) * 512, "preallocated")
 
 
 @pytest.mark.parametrize("odd", [1, 511, 513])
-def test_a_new_overlay_has_whole_sectors(host: Host, odd: int) -> None:
+def test_new_overlay_has_whole_sectors(host: Host, odd: int) -> None:
     image = Preallocator().create(host.path(), SIZE + odd, host.base(SIZE // 2), backing_format="raw")
 
     assert (image.virtual_size, image.state) == (SIZE + -(-odd // 512) * 512, "preallocated")
@@ -260,7 +262,7 @@ def test_every_verb_tells_what_the_system_refuses_by_the_disk_s_name(
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_in_use_is_not_grown(host: Host, opened: Callable[[str], object], format: str) -> None:
+def test_disk_in_use_is_not_grown(host: Host, opened: Callable[[str], object], format: str) -> None:
     path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
     opened(path)
 
@@ -275,7 +277,7 @@ def test_a_disk_in_use_is_not_grown(host: Host, opened: Callable[[str], object],
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_second_call_runs_nothing_that_writes(host: Host, format: str, mode: str) -> None:
+def test_second_call_runs_nothing_that_writes(host: Host, format: str, mode: Mode) -> None:
     path = host.raw() if format == "raw" else host.overlay()
     first = Preallocator(mode).preallocate(path, format=format)
     host.calls.clear()
@@ -286,7 +288,7 @@ def test_a_second_call_runs_nothing_that_writes(host: Host, format: str, mode: s
     assert second == first
 
 
-def test_a_second_look_at_a_preallocated_disk_asks_nothing_of_the_filesystem(host: Host) -> None:
+def test_second_look_at_a_preallocated_disk_asks_nothing_of_the_filesystem(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.filesystem = NFS
 
@@ -324,7 +326,7 @@ def test_one_line_tells_what_was_done_to_a_disk(host: Host, logged: Callable[[in
         (lambda host: in_format.raw().resize(host.raw(held=SIZE), 2 * SIZE), "preallocated before"),
     ],
 )
-def test_the_line_tells_how_the_disk_was_before(
+def test_line_tells_how_the_disk_was_before(
     host: Host, logged: Callable[[int], list[str]], work: Callable[[Host], object], before: str
 ) -> None:
     work(host)
@@ -343,7 +345,7 @@ def test_nothing_done_is_nothing_said(host: Host, logged: Callable[[int], list[s
 # A promise that is not kept.
 
 
-def test_a_filesystem_that_breaks_its_word_is_found_out(host: Host) -> None:
+def test_filesystem_that_breaks_its_word_is_found_out(host: Host) -> None:
     host.honest = False
 
     with pytest.raises(exceptions.NotPreallocated) as caught:
@@ -355,7 +357,7 @@ def test_a_filesystem_that_breaks_its_word_is_found_out(host: Host) -> None:
     assert host.files == []
 
 
-def test_a_disk_is_not_replaced_by_one_that_is_not_what_was_promised(host: Host) -> None:
+def test_disk_is_not_replaced_by_one_that_is_not_what_was_promised(host: Host) -> None:
     path = host.overlay()
     before = os.stat(path)
     host.honest = False
@@ -388,7 +390,7 @@ def test_whatever_was_done_is_looked_at_again(host: Host, work: Callable[[Host],
         work(host)
 
 
-def test_a_filesystem_that_promised_nothing_gives_a_warning_and_no_error(
+def test_filesystem_that_promised_nothing_gives_a_warning_and_no_error(
     host: Host, logged: Callable[[int], list[str]]
 ) -> None:
     host.filesystem = ZFS
@@ -400,7 +402,7 @@ def test_a_filesystem_that_promised_nothing_gives_a_warning_and_no_error(
     assert [line.startswith(host.path("disk")) for line in logged(logging.WARNING)] == [True, True]
 
 
-def test_the_same_disk_falling_short_again_is_no_second_warning(host: Host, logged: Callable[[int], list[str]]) -> None:
+def test_same_disk_falling_short_again_is_no_second_warning(host: Host, logged: Callable[[int], list[str]]) -> None:
     host.filesystem = ZFS
     in_format.raw("full").create(host.path(), SIZE)
     os.unlink(host.path())
@@ -479,7 +481,7 @@ def test_every_program_speaks_c_and_every_look_is_limited_and_names_the_format(h
 
 
 @pytest.mark.parametrize("program", ["qemu-img", "fallocate", "sync"])
-def test_a_missing_program_leaves_nothing_half_made(host: Host, program: str) -> None:
+def test_missing_program_leaves_nothing_half_made(host: Host, program: str) -> None:
     host.uninstall(program)
 
     with pytest.raises(exceptions.ProgramMissing, match=f"{program} could not be started"):
@@ -536,7 +538,7 @@ def doing_nothing(host: Host, name: str) -> None:
         (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2, .* and made none"),
     ],
 )
-def test_a_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Host], object], wanted: str) -> None:
+def test_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Host], object], wanted: str) -> None:
     doing_nothing(host, "create")
     doing_nothing(host, "resize")
 
@@ -556,7 +558,7 @@ def test_a_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Ho
     ],
 )
 @pytest.mark.parametrize("program", ["create", "convert"])
-def test_a_disk_that_is_not_what_was_asked_for_does_not_become_the_disk(
+def test_disk_that_is_not_what_was_asked_for_does_not_become_the_disk(
     host: Host, program: str, change: dict[str, object], field: str
 ) -> None:
     path = host.overlay(mapped=0.5 if program == "convert" else None, base=SIZE)
@@ -579,7 +581,7 @@ def test_a_disk_that_is_not_what_was_asked_for_does_not_become_the_disk(
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_resize_that_did_nothing_is_an_error(host: Host, format: str) -> None:
+def test_resize_that_did_nothing_is_an_error(host: Host, format: str) -> None:
     path = host.raw(held=SIZE) if format == "raw" else host.qcow2(mapped=1.0)
     doing_nothing(host, "resize")
 
@@ -618,7 +620,7 @@ def test_every_verb_that_writes_removes_what_a_crash_has_left(host: Host, work: 
     assert host.files == ["disk"]
 
 
-def test_a_look_removes_nothing(host: Host) -> None:
+def test_look_removes_nothing(host: Host) -> None:
     left = leave(host)
 
     in_format.raw().inspect(host.raw())
@@ -630,7 +632,7 @@ def test_a_look_removes_nothing(host: Host) -> None:
 
 
 @pytest.mark.parametrize("verb", ["preallocate", "resize"])
-def test_a_disk_that_another_call_works_on_is_refused(host: Host, verb: str) -> None:
+def test_disk_that_another_call_works_on_is_refused(host: Host, verb: str) -> None:
     path = host.raw()
     refused: list[exceptions.ImageInUse] = []
 
@@ -645,7 +647,7 @@ def test_a_disk_that_another_call_works_on_is_refused(host: Host, verb: str) -> 
     assert len(refused) == 1
 
 
-def test_a_disk_that_comes_into_being_while_one_is_made_is_not_overwritten(host: Host) -> None:
+def test_disk_that_comes_into_being_while_one_is_made_is_not_overwritten(host: Host) -> None:
     host.then["create"] = lambda: host.raw(512)
 
     with pytest.raises(exceptions.DiskExists, match="meanwhile"):
@@ -656,7 +658,7 @@ def test_a_disk_that_comes_into_being_while_one_is_made_is_not_overwritten(host:
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_a_disk_that_is_open_without_a_lock_is_not_grown(host: Host, format: str) -> None:
+def test_disk_that_is_open_without_a_lock_is_not_grown(host: Host, format: str) -> None:
     # A guest that is being restored.
     path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
 

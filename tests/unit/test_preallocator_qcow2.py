@@ -14,6 +14,7 @@ from oslo_utils import units
 import pytest
 
 from imgprealloc import Existing
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
@@ -58,7 +59,7 @@ OVERLAY_OPTIONS = {"cluster_size": str(CLUSTER), "extended_l2": "on"}
     ],
 )
 def test_what_a_disk_without_a_backing_file_gets_either_way(
-    host: Host, mode: str, disk: dict[str, Any], changes: list[str], state: str, existing: Existing
+    host: Host, mode: Mode, disk: dict[str, Any], changes: list[str], state: str, existing: Existing
 ) -> None:
     image = in_format.qcow2(mode).preallocate(host.qcow2(SIZE, **disk), existing)
 
@@ -75,7 +76,7 @@ def test_what_a_disk_without_a_backing_file_gets_either_way(
     ],
 )
 def test_what_an_overlay_without_anything_in_it_gets(
-    host: Host, mode: str, changes: list[str], state: str, existing: Existing
+    host: Host, mode: Mode, changes: list[str], state: str, existing: Existing
 ) -> None:
     image = in_format.qcow2(mode).preallocate(host.overlay(), existing)
 
@@ -96,14 +97,14 @@ def test_what_an_overlay_without_anything_in_it_gets(
 )
 @pytest.mark.parametrize("make", [Host.qcow2, Host.overlay])
 def test_what_a_disk_with_data_gets(
-    host: Host, make: Callable[..., str], mode: str, existing: Existing, changes: list[str], state: str
+    host: Host, make: Callable[..., str], mode: Mode, existing: Existing, changes: list[str], state: str
 ) -> None:
     image = in_format.qcow2(mode).preallocate(make(host, SIZE, mapped=0.5), existing)
 
     assert (host.changes, image.state) == (changes, state)
 
 
-def test_a_disk_with_nothing_but_zeroed_clusters_has_data(host: Host) -> None:
+def test_disk_with_nothing_but_zeroed_clusters_has_data(host: Host) -> None:
     # A zeroed cluster hides the backing file, and is not counted by qemu-img check.
     path = host.overlay(mapped=0.0)
 
@@ -112,14 +113,14 @@ def test_a_disk_with_nothing_but_zeroed_clusters_has_data(host: Host) -> None:
     assert host.changes == ["fallocate"]
 
 
-def test_a_disk_without_a_size_is_not_made_anew(host: Host) -> None:
+def test_disk_without_a_size_is_not_made_anew(host: Host) -> None:
     # qemu-img create, ended by a signal, leaves such a file.
     in_format.qcow2().preallocate(host.qcow2(0))
 
     assert host.run("create", "convert") == []
 
 
-def test_a_disk_that_was_already_reserved_is_left_alone(host: Host) -> None:
+def test_disk_that_was_already_reserved_is_left_alone(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     first = in_format.qcow2().preallocate(path)
     host.calls.clear()
@@ -130,14 +131,14 @@ def test_a_disk_that_was_already_reserved_is_left_alone(host: Host) -> None:
     assert (second, second.state) == (first, "reserved")
 
 
-def test_a_reserved_disk_can_still_be_rewritten(host: Host) -> None:
+def test_reserved_disk_can_still_be_rewritten(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     in_format.qcow2().preallocate(path)
 
     assert in_format.qcow2().preallocate(path, existing="rewrite").state == "preallocated"
 
 
-def test_a_disk_with_data_is_never_rewritten_unasked(host: Host) -> None:
+def test_disk_with_data_is_never_rewritten_unasked(host: Host) -> None:
     path = host.overlay(mapped=0.5)
     before = os.stat(path)
 
@@ -159,7 +160,7 @@ def test_room_for_the_worst_case_goes_past_the_end_of_the_file(host: Host) -> No
     assert image.worst_case_size > image.file_size
 
 
-def test_a_mapped_disk_is_held_over_its_length_and_no_more(host: Host) -> None:
+def test_mapped_disk_is_held_over_its_length_and_no_more(host: Host) -> None:
     path = host.qcow2(mapped=1.0, held=0)
 
     in_format.qcow2().preallocate(path)
@@ -171,7 +172,7 @@ def test_a_mapped_disk_is_held_over_its_length_and_no_more(host: Host) -> None:
 # What is made anew keeps what it has to.
 
 
-def test_a_new_overlay_keeps_its_backing_file_s_name_and_format(host: Host) -> None:
+def test_new_overlay_keeps_its_backing_file_s_name_and_format(host: Host) -> None:
     host.base(SIZE // 2)
     path = host.overlay(backing_file="base")
 
@@ -180,7 +181,7 @@ def test_a_new_overlay_keeps_its_backing_file_s_name_and_format(host: Host) -> N
     assert (image.backing_file, image.backing_format, image.virtual_size) == ("base", "raw", SIZE)
 
 
-def test_a_rewritten_overlay_keeps_its_backing_file_s_name_and_format(host: Host) -> None:
+def test_rewritten_overlay_keeps_its_backing_file_s_name_and_format(host: Host) -> None:
     host.base(SIZE // 2)
     path = host.overlay(mapped=0.5, backing_file="base")
 
@@ -190,7 +191,7 @@ def test_a_rewritten_overlay_keeps_its_backing_file_s_name_and_format(host: Host
 
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
-def test_a_disk_without_a_backing_file_keeps_its_cluster_size(host: Host, mapped: float | None) -> None:
+def test_disk_without_a_backing_file_keeps_its_cluster_size(host: Host, mapped: float | None) -> None:
     path = host.qcow2(cluster_size=units.Mi, mapped=mapped)
 
     image = in_format.qcow2().preallocate(path, existing="rewrite")
@@ -199,7 +200,7 @@ def test_a_disk_without_a_backing_file_keeps_its_cluster_size(host: Host, mapped
 
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
-def test_an_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host, mapped: float | None) -> None:
+def test_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host, mapped: float | None) -> None:
     path = host.overlay(cluster_size=units.Mi, mapped=mapped)
 
     image = in_format.qcow2(overlay_cluster_size=CLUSTER // 2).preallocate(path, existing="rewrite")
@@ -209,7 +210,7 @@ def test_an_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host,
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_a_new_overlay_is_made_in_the_mode(host: Host, mode: str, mapped: float | None) -> None:
+def test_new_overlay_is_made_in_the_mode(host: Host, mode: Mode, mapped: float | None) -> None:
     in_format.qcow2(mode).preallocate(host.overlay(mapped=mapped), existing="rewrite")
 
     [call] = host.run("create", "convert")
@@ -229,9 +230,7 @@ def test_a_new_overlay_is_made_in_the_mode(host: Host, mode: str, mapped: float 
         pytest.param(0, CLUSTER, id="empty"),
     ],
 )
-def test_a_new_overlay_starts_as_long_as_its_base_rounded_up_to_a_cluster(
-    host: Host, base: int, first_size: int
-) -> None:
+def test_new_overlay_starts_as_long_as_its_base_rounded_up_to_a_cluster(host: Host, base: int, first_size: int) -> None:
     # Else the base's last cluster reads as zeros.
     in_format.qcow2().create(host.path(), SIZE, host.base(base), backing_format="raw")
 
@@ -242,7 +241,7 @@ def test_a_new_overlay_starts_as_long_as_its_base_rounded_up_to_a_cluster(
 
 
 @pytest.mark.parametrize("base", [SIZE, SIZE - 1, SIZE - CLUSTER + 1, 2 * SIZE])
-def test_an_overlay_no_longer_than_its_base_is_not_grown(host: Host, base: int) -> None:
+def test_overlay_no_longer_than_its_base_is_not_grown(host: Host, base: int) -> None:
     image = in_format.qcow2().create(host.path(), SIZE, host.base(base), backing_format="raw")
 
     assert host.run("resize") == []
@@ -250,7 +249,7 @@ def test_an_overlay_no_longer_than_its_base_is_not_grown(host: Host, base: int) 
     assert image.virtual_size == SIZE
 
 
-def test_a_qcow2_base_counts_by_its_virtual_size(host: Host) -> None:
+def test_qcow2_base_counts_by_its_virtual_size(host: Host) -> None:
     base = host.qcow2(4 * CLUSTER, name="base", mapped=0.5)
 
     in_format.qcow2().create(host.path(), SIZE, base, backing_format="qcow2")
@@ -259,7 +258,7 @@ def test_a_qcow2_base_counts_by_its_virtual_size(host: Host) -> None:
     assert host.run("info")[0].after("-f") == "qcow2"
 
 
-def test_a_base_in_another_format_is_asked_in_that_format(host: Host) -> None:
+def test_base_in_another_format_is_asked_in_that_format(host: Host) -> None:
     base = host.base(SIZE // 2)
     host.disk(base).format = "vmdk"
 
@@ -268,7 +267,7 @@ def test_a_base_in_another_format_is_asked_in_that_format(host: Host) -> None:
     assert [call.after("-f") for call in host.run("info") if call.argv[-1] == base] == ["vmdk"]
 
 
-def test_a_raw_base_is_not_opened_to_learn_its_size(host: Host) -> None:
+def test_raw_base_is_not_opened_to_learn_its_size(host: Host) -> None:
     base = host.base(4 * CLUSTER)
 
     in_format.qcow2().create(host.path(), SIZE, base, backing_format="raw")
@@ -276,7 +275,7 @@ def test_a_raw_base_is_not_opened_to_learn_its_size(host: Host) -> None:
     assert base not in [call.argv[-1] for call in host.run("info")]
 
 
-def test_a_base_in_the_last_partial_sector_counts(host: Host) -> None:
+def test_base_in_the_last_partial_sector_counts(host: Host) -> None:
     base = host.base(CLUSTER * 4 + 5)
 
     in_format.qcow2().create(host.path(), SIZE, base, backing_format="raw")
@@ -284,7 +283,7 @@ def test_a_base_in_the_last_partial_sector_counts(host: Host) -> None:
     assert host.run("create")[0].argv[-1] == str(5 * CLUSTER)
 
 
-def test_a_relative_backing_file_is_looked_for_beside_the_overlay(host: Host) -> None:
+def test_relative_backing_file_is_looked_for_beside_the_overlay(host: Host) -> None:
     host.base(4 * CLUSTER)
 
     image = in_format.qcow2().create(host.path(), SIZE, "base", backing_format="raw")
@@ -293,19 +292,19 @@ def test_a_relative_backing_file_is_looked_for_beside_the_overlay(host: Host) ->
     assert host.run("create")[0].argv[-1] == str(4 * CLUSTER)
 
 
-def test_an_overlay_that_is_not_in_its_place_yet_is_grown_without_flushes(host: Host) -> None:
+def test_overlay_that_is_not_in_its_place_yet_is_grown_without_flushes(host: Host) -> None:
     in_format.qcow2().preallocate(host.overlay())
 
     assert "cache.no-flush=on" in host.run("resize")[0].argv[-2]
 
 
-def test_the_zeros_are_gone_afterwards(host: Host) -> None:
+def test_zeros_are_gone_afterwards(host: Host) -> None:
     in_format.qcow2().preallocate(host.overlay())
 
     assert host.files == ["base", "disk"]
 
 
-def test_a_disk_without_a_backing_file_is_made_in_one_go(host: Host) -> None:
+def test_disk_without_a_backing_file_is_made_in_one_go(host: Host) -> None:
     in_format.qcow2().create(host.path(), SIZE)
 
     assert host.run("create")[0].argv[-1] == str(SIZE)
@@ -322,14 +321,14 @@ def test_mode_metadata_has_nothing_to_gain_from_zeros(host: Host) -> None:
 # create
 
 
-def test_the_holes_that_falloc_leaves_in_its_metadata_are_closed(host: Host) -> None:
+def test_holes_that_falloc_leaves_in_its_metadata_are_closed(host: Host) -> None:
     image = in_format.qcow2().create(host.path(), SIZE)
 
     assert host.changes == ["create", "fallocate", "sync"]
     assert image.state == "preallocated"
 
 
-def test_a_backing_file_s_format_is_not_guessed(host: Host) -> None:
+def test_backing_file_s_format_is_not_guessed(host: Host) -> None:
     # A user's raw image may begin like qcow2, over a file of the host's.
     base = host.qcow2(name="base")
 
@@ -340,7 +339,7 @@ def test_a_backing_file_s_format_is_not_guessed(host: Host) -> None:
     assert host.files == ["base"]
 
 
-def test_a_backing_file_that_is_not_there_is_named_and_nothing_is_made(host: Host) -> None:
+def test_backing_file_that_is_not_there_is_named_and_nothing_is_made(host: Host) -> None:
     with pytest.raises(exceptions.BrokenImage, match=host.path("none")):
         in_format.qcow2().create(host.path(), SIZE, host.path("none"), backing_format="raw")
 
@@ -350,7 +349,7 @@ def test_a_backing_file_that_is_not_there_is_named_and_nothing_is_made(host: Hos
 # Where QEMU is too old.
 
 
-def test_an_old_qemu_refuses_to_create_an_overlay(host: Host) -> None:
+def test_old_qemu_refuses_to_create_an_overlay(host: Host) -> None:
     host.version = "5.1.0"
 
     with pytest.raises(exceptions.QemuImgTooOld, match=r"5\.2"):
@@ -360,7 +359,7 @@ def test_an_old_qemu_refuses_to_create_an_overlay(host: Host) -> None:
     assert host.files == ["base"]
 
 
-def test_an_old_qemu_still_creates_disks_without_a_backing_file(host: Host) -> None:
+def test_old_qemu_still_creates_disks_without_a_backing_file(host: Host) -> None:
     host.version = "4.2.1"
 
     assert in_format.qcow2().create(host.path(), SIZE).state == "preallocated"
@@ -368,7 +367,7 @@ def test_an_old_qemu_still_creates_disks_without_a_backing_file(host: Host) -> N
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 @pytest.mark.parametrize("mapped", [None, 0.5])
-def test_an_old_qemu_only_reserves_an_overlay_s_space(
+def test_old_qemu_only_reserves_an_overlay_s_space(
     host: Host, logged: Callable[[int], list[str]], mapped: float | None, existing: Existing
 ) -> None:
     host.version = "5.1.0"
@@ -383,7 +382,7 @@ def test_an_old_qemu_only_reserves_an_overlay_s_space(
     assert all(path in line and "5.2" in line for line in warnings)
 
 
-def test_an_old_qemu_still_recreates_a_disk_without_a_backing_file(host: Host) -> None:
+def test_old_qemu_still_recreates_a_disk_without_a_backing_file(host: Host) -> None:
     host.version = "4.2.1"
 
     assert in_format.qcow2().preallocate(host.qcow2()).state == "preallocated"
@@ -417,7 +416,7 @@ def test_what_a_copy_would_lose_keeps_a_disk_from_being_replaced(
 
 
 @pytest.mark.parametrize("more", [{"snapshots": 1}, {"bitmaps": 1}])
-def test_a_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, int]) -> None:
+def test_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, Any]) -> None:
     path = host.qcow2(SIZE, **more)
 
     assert in_format.qcow2().preallocate(path).state == "reserved"
@@ -426,7 +425,7 @@ def test_a_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
 @pytest.mark.parametrize("beyond", [65536, 0, -1000])
-def test_a_disk_is_not_replaced_under_a_guessed_format(host: Host, mapped: float | None, beyond: int) -> None:
+def test_disk_is_not_replaced_under_a_guessed_format(host: Host, mapped: float | None, beyond: int) -> None:
     # A guest can write a qcow2 header to its raw disk (CVE-2024-32498), and let it end where it likes.
     path = with_its_end(host, beyond, mapped=mapped)
     before = host.content(path)
@@ -439,7 +438,7 @@ def test_a_disk_is_not_replaced_under_a_guessed_format(host: Host, mapped: float
 
 
 @pytest.mark.parametrize("beyond", [65536, 0, -1000])
-def test_a_disk_without_anything_in_it_is_only_reserved_under_a_guessed_format(
+def test_disk_without_anything_in_it_is_only_reserved_under_a_guessed_format(
     host: Host, logged: Callable[[int], list[str]], beyond: int
 ) -> None:
     path = with_its_end(host, beyond)
@@ -456,7 +455,7 @@ def test_a_disk_without_anything_in_it_is_only_reserved_under_a_guessed_format(
 
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
-def test_a_file_that_the_caller_says_is_qcow2_is_one_whatever_stands_behind_it(host: Host, existing: Existing) -> None:
+def test_file_that_the_caller_says_is_qcow2_is_one_whatever_stands_behind_it(host: Host, existing: Existing) -> None:
     path = with_its_end(host, 65536, mapped=0.5)
 
     in_format.qcow2().preallocate(path, existing)
@@ -483,8 +482,8 @@ def with_its_end(host: Host, beyond: int, **disk: Any) -> str:
 )
 @pytest.mark.parametrize("mapped", [None, 0.5, 1.0])
 @pytest.mark.parametrize("verb", ["preallocate", "resize"])
-def test_a_disk_that_cannot_be_understood_is_left_alone(
-    host: Host, more: dict[str, bool], error: type[Exception], mapped: float | None, verb: str
+def test_disk_that_cannot_be_understood_is_left_alone(
+    host: Host, more: dict[str, Any], error: type[Exception], mapped: float | None, verb: str
 ) -> None:
     path = host.qcow2(SIZE, mapped=mapped, **more)
 
@@ -496,7 +495,7 @@ def test_a_disk_that_cannot_be_understood_is_left_alone(
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])
 @pytest.mark.parametrize("mapped", [None, 0.5])
-def test_a_link_is_not_replaced(host: Host, link: str, mapped: float | None) -> None:
+def test_link_is_not_replaced(host: Host, link: str, mapped: float | None) -> None:
     target = host.qcow2(SIZE, name="elsewhere", mapped=mapped)
     (os.symlink if link == "symbolic" else os.link)(target, host.path())
 
@@ -557,7 +556,7 @@ def test_on_zfs_no_space_is_set_aside(host: Host, mapped: float, fallback: str, 
     ("mapped", "changes", "state"),
     [(None, ["create", "sync"], "mapped"), (0.5, [], "thin"), (1.0, [], "preallocated")],
 )
-def test_the_fallback_metadata_maps_what_can_be_mapped(
+def test_fallback_metadata_maps_what_can_be_mapped(
     host: Host, mapped: float | None, changes: list[str], state: str
 ) -> None:
     host.filesystem = NFS
@@ -567,7 +566,7 @@ def test_the_fallback_metadata_maps_what_can_be_mapped(
     assert (host.changes, image.state) == (changes, state)
 
 
-def test_the_fallback_full_fills_the_holes_of_a_mapped_disk_with_zeros(host: Host) -> None:
+def test_fallback_full_fills_the_holes_of_a_mapped_disk_with_zeros(host: Host) -> None:
     host.filesystem = NFS
 
     image = in_format.qcow2(on_unsupported="full").preallocate(host.qcow2(mapped=1.0, held=0))
@@ -591,7 +590,7 @@ def test_no_zeros_are_written_to_a_mapped_disk_in_use(host: Host, opened: Callab
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_a_disk_without_a_backing_file_grows_plainly(host: Host, mode: str) -> None:
+def test_disk_without_a_backing_file_grows_plainly(host: Host, mode: Mode) -> None:
     image = in_format.qcow2(mode).resize(host.qcow2(mapped=1.0), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -605,7 +604,7 @@ def subclustered(host: Host, size: int, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_an_overlay_grows_under_zeros(host: Host, mode: str) -> None:
+def test_overlay_grows_under_zeros(host: Host, mode: Mode) -> None:
     image = in_format.qcow2(mode).resize(subclustered(host, SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -615,13 +614,13 @@ def test_an_overlay_grows_under_zeros(host: Host, mode: str) -> None:
     assert host.files == ["base", "disk"]
 
 
-def test_an_overlay_in_its_place_is_grown_with_flushes(host: Host) -> None:
+def test_overlay_in_its_place_is_grown_with_flushes(host: Host) -> None:
     in_format.qcow2().resize(subclustered(host, SIZE), 2 * SIZE)
 
     assert "no-flush" not in host.run("resize")[0].argv[-2]
 
 
-def test_an_overlay_that_ends_within_a_cluster_first_grows_to_that_cluster_s_end(host: Host) -> None:
+def test_overlay_that_ends_within_a_cluster_first_grows_to_that_cluster_s_end(host: Host) -> None:
     # Under zeros, that cluster would no longer show the base.
     size = SIZE - CLUSTER + 512
 
@@ -633,7 +632,7 @@ def test_an_overlay_that_ends_within_a_cluster_first_grows_to_that_cluster_s_end
 
 
 @pytest.mark.parametrize("size", [SIZE - CLUSTER + 1024, SIZE])
-def test_an_overlay_that_grows_within_its_last_cluster_needs_no_zeros(host: Host, size: int) -> None:
+def test_overlay_that_grows_within_its_last_cluster_needs_no_zeros(host: Host, size: int) -> None:
     in_format.qcow2().resize(subclustered(host, SIZE - CLUSTER + 512), size)
 
     [call] = host.run("resize")
@@ -728,7 +727,7 @@ def test_nothing_is_cut_off_a_disk_written_to_since_it_was_read(host: Host) -> N
     assert os.path.getsize(path) == end + units.Mi
 
 
-def test_a_disk_is_not_grown_under_a_guessed_format(host: Host) -> None:
+def test_disk_is_not_grown_under_a_guessed_format(host: Host) -> None:
     path, end = with_stray_bytes(host)
 
     with pytest.raises(exceptions.FormatNotCertain, match="--disk-format raw"):
@@ -738,7 +737,7 @@ def test_a_disk_is_not_grown_under_a_guessed_format(host: Host) -> None:
     assert os.path.getsize(path) == end + units.Mi
 
 
-def test_a_reserved_disk_is_reserved_again_when_it_has_grown(host: Host) -> None:
+def test_reserved_disk_is_reserved_again_when_it_has_grown(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     in_format.qcow2().preallocate(path)
 
@@ -757,7 +756,7 @@ def test_growing_does_not_make_more_of_a_disk_than_it_was(
     assert in_format.qcow2().resize(path, 2 * SIZE).state == state
 
 
-def test_a_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Host) -> None:
+def test_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.then["resize"] = lambda: setattr(host.disk(path), "shared", 4096)
 
@@ -783,7 +782,7 @@ def test_a_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Ho
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_runs(
-    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: str
+    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: Mode
 ) -> None:
     host.available = needed - 1
 
@@ -794,7 +793,7 @@ def test_what_cannot_fit_is_refused_before_anything_runs(
     assert not {"new", ".disk.imgprealloc", ".disk.imgprealloc-zeros"} & set(host.files)
 
 
-def test_a_disk_without_room_for_its_copy_is_reserved_with_a_warning(
+def test_disk_without_room_for_its_copy_is_reserved_with_a_warning(
     host: Host, logged: Callable[[int], list[str]]
 ) -> None:
     host.available = SIZE - 1
@@ -806,7 +805,7 @@ def test_a_disk_without_room_for_its_copy_is_reserved_with_a_warning(
 
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
-def test_a_blank_disk_whose_space_is_held_asks_for_no_more_on_a_full_filesystem(host: Host, existing: Existing) -> None:
+def test_blank_disk_whose_space_is_held_asks_for_no_more_on_a_full_filesystem(host: Host, existing: Existing) -> None:
     # As stock Nova leaves a swap disk that is never used: its instance has to start.
     path = host.overlay(SIZE, held=2 * SIZE)
     with open(path, "r+b") as disk, contextlib.suppress(OSError):
@@ -846,7 +845,7 @@ def test_space_that_runs_out_half_way_leaves_the_old_disk_and_nothing_beside_it(
 
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
-def test_a_disk_in_use_is_not_replaced(host: Host, opened: Callable[[str], object], mapped: float | None) -> None:
+def test_disk_in_use_is_not_replaced(host: Host, opened: Callable[[str], object], mapped: float | None) -> None:
     path = host.overlay(mapped=mapped)
     opened(path)
 
@@ -858,7 +857,7 @@ def test_a_disk_in_use_is_not_replaced(host: Host, opened: Callable[[str], objec
 
 
 @pytest.mark.parametrize(("mapped", "state"), [(1.0, "preallocated"), (0.5, "reserved")])
-def test_a_disk_in_use_gets_its_space(host: Host, opened: Callable[[str], object], mapped: float, state: str) -> None:
+def test_disk_in_use_gets_its_space(host: Host, opened: Callable[[str], object], mapped: float, state: str) -> None:
     path = host.qcow2(mapped=mapped, held=0)
     opened(path)
 
@@ -866,7 +865,7 @@ def test_a_disk_in_use_gets_its_space(host: Host, opened: Callable[[str], object
 
 
 @pytest.mark.parametrize(("mapped", "reader"), [(None, "--version"), (0.5, "check")])
-def test_a_disk_written_to_since_it_was_read_is_not_replaced(host: Host, mapped: float | None, reader: str) -> None:
+def test_disk_written_to_since_it_was_read_is_not_replaced(host: Host, mapped: float | None, reader: str) -> None:
     path = host.overlay(mapped=mapped)
     host.then[reader] = lambda: os.utime(path)
 
@@ -877,7 +876,7 @@ def test_a_disk_written_to_since_it_was_read_is_not_replaced(host: Host, mapped:
     assert host.files == ["base", "disk"]
 
 
-def test_a_raw_disk_is_not_taken_for_qcow2(host: Host) -> None:
+def test_raw_disk_is_not_taken_for_qcow2(host: Host) -> None:
     path = host.raw()
 
     with pytest.raises(exceptions.FormatMismatch):
@@ -904,7 +903,7 @@ def test_no_room_for_a_small_hole_is_no_space_too(host: Host) -> None:
 
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
-def test_a_disk_whose_clusters_nothing_points_to_is_not_an_empty_one(
+def test_disk_whose_clusters_nothing_points_to_is_not_an_empty_one(
     host: Host, logged: Callable[[int], list[str]], existing: Existing
 ) -> None:
     # One wrong bit in the L1 table's offset: all data could be had back by mending it.
@@ -923,8 +922,8 @@ def test_a_disk_whose_clusters_nothing_points_to_is_not_an_empty_one(
 
 @pytest.mark.parametrize("existing", ["reserve", "recreate_blank", "rewrite"])
 @pytest.mark.parametrize("damage", [{"errors": 1}, {"corruptions": 1}])
-def test_a_disk_that_does_not_pass_its_check_is_reported_and_not_made_anew(
-    host: Host, existing: Existing, damage: dict[str, int]
+def test_disk_that_does_not_pass_its_check_is_reported_and_not_made_anew(
+    host: Host, existing: Existing, damage: dict[str, Any]
 ) -> None:
     path = host.qcow2(**damage)
     before = host.content(path)
@@ -944,13 +943,13 @@ def test_only_a_disk_that_was_just_made_is_taken_for_empty_by_its_header(host: H
     assert host.changes[0] == "create"
 
 
-def test_a_disk_that_was_just_made_and_has_data_is_rewritten(host: Host) -> None:
+def test_disk_that_was_just_made_and_has_data_is_rewritten(host: Host) -> None:
     assert in_format.qcow2().preallocate(host.overlay(mapped=0.5), "just_made").state == "preallocated"
     assert host.changes[0] == "convert"
 
 
 @pytest.mark.parametrize("name", ["nbd://host/export", "json:{}", "fat:/etc"])
-def test_a_backing_file_that_is_named_by_a_protocol_is_not_opened(host: Host, name: str) -> None:
+def test_backing_file_that_is_named_by_a_protocol_is_not_opened(host: Host, name: str) -> None:
     with pytest.raises(exceptions.UnsupportedFormat, match="named by a protocol"):
         in_format.qcow2().create(host.path(), SIZE, name, backing_format="raw")
 
@@ -959,7 +958,7 @@ def test_a_backing_file_that_is_named_by_a_protocol_is_not_opened(host: Host, na
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
-def test_a_disk_over_a_pipe_is_not_waited_for(host: Host, mapped: float | None, existing: Existing) -> None:
+def test_disk_over_a_pipe_is_not_waited_for(host: Host, mapped: float | None, existing: Existing) -> None:
     os.mkfifo(host.path("pipe"))
     path = host.qcow2(SIZE, mapped=mapped, backing_file="pipe", backing_format="raw")
     before = host.content(path)
@@ -975,7 +974,7 @@ def test_a_disk_over_a_pipe_is_not_waited_for(host: Host, mapped: float | None, 
     assert host.files == ["disk", "pipe"]
 
 
-def test_an_overlay_over_a_relative_base_is_grown_and_keeps_that_name(host: Host) -> None:
+def test_overlay_over_a_relative_base_is_grown_and_keeps_that_name(host: Host) -> None:
     # In its folder, which its name in /proc does not tell.
     host.base(SIZE // 2)
     path = host.overlay(mapped=1.0, extended_l2=True, cluster_size=CLUSTER, backing_file="base")

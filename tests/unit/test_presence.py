@@ -24,7 +24,7 @@ def failing(call: str, code: int) -> fixtures.Fixture:
     def fail(*how: Any, **more: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    return fixtures.MockPatchObject(presence.os, call, fail)
+    return fixtures.MockPatchObject(os, call, fail)
 
 
 # A look that fails is no proof.
@@ -32,14 +32,14 @@ def failing(call: str, code: int) -> fixtures.Fixture:
 FAULTS = [errno.EIO, errno.ESTALE, errno.EACCES, errno.ELOOP, errno.ENOMEM, errno.ETIMEDOUT]
 
 
-def test_a_file_that_is_there_is_there(disk: pathlib.Path) -> None:
+def test_file_that_is_there_is_there(disk: pathlib.Path) -> None:
     disk.touch()
 
     assert presence.is_there(str(disk)) is True
 
 
 @pytest.mark.parametrize("make", [lambda disk: None, lambda disk: disk.symlink_to("nowhere")])
-def test_a_file_that_is_not_there_is_not(disk: pathlib.Path, make: Callable[[pathlib.Path], None]) -> None:
+def test_file_that_is_not_there_is_not(disk: pathlib.Path, make: Callable[[pathlib.Path], None]) -> None:
     make(disk)
 
     assert presence.is_there(str(disk)) is False
@@ -47,7 +47,7 @@ def test_a_file_that_is_not_there_is_not(disk: pathlib.Path, make: Callable[[pat
 
 
 @pytest.mark.parametrize("code", FAULTS)
-def test_a_file_that_cannot_be_looked_at_may_be_there(disk: pathlib.Path, code: int) -> None:
+def test_file_that_cannot_be_looked_at_may_be_there(disk: pathlib.Path, code: int) -> None:
     with failing("stat", code):
         assert presence.is_there(str(disk)) is True
 
@@ -95,7 +95,7 @@ def test_who_comes_while_absence_is_proven_is_not_removed(disk: pathlib.Path) ->
         disk.write_bytes(b"precious")
         return real(path)
 
-    with fixtures.MockPatchObject(presence.os, "lstat", another):
+    with fixtures.MockPatchObject(os, "lstat", another):
         assert presence.was_absent(str(disk)) is False
 
     assert disk.read_bytes() == b"precious"
@@ -110,7 +110,7 @@ def test_what_cannot_be_taken_away_again_is_not_proven_to_be_absent(disk: pathli
 # Removing one file and no other.
 
 
-def test_a_file_is_removed_if_it_is_the_one(disk: pathlib.Path) -> None:
+def test_file_is_removed_if_it_is_the_one(disk: pathlib.Path) -> None:
     disk.touch()
 
     assert presence.remove_same(str(disk), disk.stat()) is True
@@ -118,7 +118,7 @@ def test_a_file_is_removed_if_it_is_the_one(disk: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_file_that_cannot_be_looked_at_is_not_removed(disk: pathlib.Path, code: int) -> None:
+def test_file_that_cannot_be_looked_at_is_not_removed(disk: pathlib.Path, code: int) -> None:
     disk.touch()
     status = disk.stat()
 
@@ -138,7 +138,7 @@ def test_another_file_of_that_name_is_not_removed(disk: pathlib.Path) -> None:
     assert disk.read_bytes() == b"precious"
 
 
-def test_a_link_to_the_file_is_not_the_file(disk: pathlib.Path) -> None:
+def test_link_to_the_file_is_not_the_file(disk: pathlib.Path) -> None:
     (disk.parent / "other").touch()
     disk.symlink_to(disk.parent / "other")
 

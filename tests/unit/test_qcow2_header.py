@@ -21,7 +21,7 @@ def path(tmp_path: os.PathLike[str]) -> str:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_new_image_holds_nothing(path: str, version: int) -> None:
+def test_new_image_holds_nothing(path: str, version: int) -> None:
     qcow2_file.write(path, 3 * units.Gi, version=version)
 
     blank = qcow2_header.blank(path)
@@ -32,7 +32,7 @@ def test_a_new_image_holds_nothing(path: str, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_new_overlay_tells_its_backing_file_and_format(path: str, version: int) -> None:
+def test_new_overlay_tells_its_backing_file_and_format(path: str, version: int) -> None:
     qcow2_file.write(path, version=version, backing_file="/var/lib/nova/_base/0a1b", backing_format="raw")
 
     blank = qcow2_header.blank(path)
@@ -41,7 +41,7 @@ def test_a_new_overlay_tells_its_backing_file_and_format(path: str, version: int
     assert (blank.backing_file, blank.backing_format) == ("/var/lib/nova/_base/0a1b", "raw")
 
 
-def test_a_backing_file_without_a_format_has_none(path: str) -> None:
+def test_backing_file_without_a_format_has_none(path: str) -> None:
     qcow2_file.write(path, backing_file="base")
 
     blank = qcow2_header.blank(path)
@@ -50,7 +50,7 @@ def test_a_backing_file_without_a_format_has_none(path: str) -> None:
     assert (blank.backing_file, blank.backing_format) == ("base", None)
 
 
-def test_a_backing_file_s_name_need_not_be_text(path: str) -> None:
+def test_backing_file_s_name_need_not_be_text(path: str) -> None:
     qcow2_file.write(path, backing_file=os.fsdecode(b"/base/\xff\xfe"), backing_format="raw")
 
     blank = qcow2_header.blank(path)
@@ -60,7 +60,7 @@ def test_a_backing_file_s_name_need_not_be_text(path: str) -> None:
 
 
 @pytest.mark.parametrize(("backing_file", "backing_format"), [("ba\0se", "raw"), ("base", "r\0w")])
-def test_a_name_that_no_file_and_no_format_can_have_is_a_fault_and_not_blank(
+def test_name_that_no_file_and_no_format_can_have_is_a_fault_and_not_blank(
     path: str, backing_file: str, backing_format: str
 ) -> None:
     # No program can be started with a NUL among its words.
@@ -70,7 +70,7 @@ def test_a_name_that_no_file_and_no_format_can_have_is_a_fault_and_not_blank(
 
 
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16, 17, 21])
-def test_the_cluster_size_is_read(path: str, cluster_bits: int) -> None:
+def test_cluster_size_is_read(path: str, cluster_bits: int) -> None:
     qcow2_file.write(path, units.Mi, cluster_bits=cluster_bits)
 
     blank = qcow2_header.blank(path)
@@ -116,14 +116,14 @@ def test_one_l2_table_is_enough_to_hold_something(path: str, entry: int) -> None
         pytest.param({"magic": b"QFI\xfa"}, id="another magic"),
     ],
 )
-def test_an_image_with_more_to_it_is_not_blank(path: str, more: dict[str, int]) -> None:
+def test_image_with_more_to_it_is_not_blank(path: str, more: dict[str, Any]) -> None:
     qcow2_file.write(path, **more)
 
     assert qcow2_header.blank(path) is None
 
 
 @pytest.mark.parametrize("cluster_bits", [8, 22, 64])
-def test_a_cluster_size_that_qemu_refuses_is_not_believed(path: str, cluster_bits: int) -> None:
+def test_cluster_size_that_qemu_refuses_is_not_believed(path: str, cluster_bits: int) -> None:
     qcow2_file.write(path)
     qcow2_file.patch(path, 20, struct.pack(">I", cluster_bits))
 
@@ -131,21 +131,21 @@ def test_a_cluster_size_that_qemu_refuses_is_not_believed(path: str, cluster_bit
 
 
 @pytest.mark.parametrize("length", [0, 3, 71, 100])
-def test_a_file_that_ends_within_its_header_is_not_blank(path: str, length: int) -> None:
+def test_file_that_ends_within_its_header_is_not_blank(path: str, length: int) -> None:
     qcow2_file.write(path)
     os.truncate(path, length)
 
     assert qcow2_header.blank(path) is None
 
 
-def test_a_file_that_ends_within_its_l1_table_is_not_blank(path: str) -> None:
+def test_file_that_ends_within_its_l1_table_is_not_blank(path: str) -> None:
     qcow2_file.write(path, 32 * units.Gi)
     os.truncate(path, os.path.getsize(path) - 1)
 
     assert qcow2_header.blank(path) is None
 
 
-def test_an_l1_table_that_would_fill_the_memory_is_not_read(path: str) -> None:
+def test_l1_table_that_would_fill_the_memory_is_not_read(path: str) -> None:
     qcow2_file.write(path)
     qcow2_file.patch(path, 36, struct.pack(">I", 2**32 - 1))
 
@@ -153,7 +153,7 @@ def test_an_l1_table_that_would_fill_the_memory_is_not_read(path: str) -> None:
 
 
 @pytest.mark.parametrize("l1_entries", [0, 1])
-def test_an_l1_table_too_small_for_the_disk_is_a_fault_and_not_blank(path: str, l1_entries: int) -> None:
+def test_l1_table_too_small_for_the_disk_is_a_fault_and_not_blank(path: str, l1_entries: int) -> None:
     # qemu-img: "L1 table is too small". 1 GiB needs two entries.
     qcow2_file.write(path, units.Gi, l1_entries=l1_entries)
 
@@ -172,14 +172,14 @@ def test_subclusters_need_an_l1_table_twice_as_long(
     assert (qcow2_header.blank(path) is not None) is is_blank
 
 
-def test_a_backing_file_s_name_beyond_the_first_4096_bytes_is_not_guessed(path: str) -> None:
+def test_backing_file_s_name_beyond_the_first_4096_bytes_is_not_guessed(path: str) -> None:
     qcow2_file.write(path, backing_file="base", backing_format="raw")
     qcow2_file.patch(path, 8, struct.pack(">Q", 5000))
 
     assert qcow2_header.blank(path) is None
 
 
-def test_a_name_s_length_without_a_place_is_no_backing_file(path: str) -> None:
+def test_name_s_length_without_a_place_is_no_backing_file(path: str) -> None:
     # As QEMU reads it: offset 0 means that there is none.
     qcow2_file.write(path)
     qcow2_file.patch(path, 8, struct.pack(">QI", 0, 40))
@@ -189,7 +189,7 @@ def test_a_name_s_length_without_a_place_is_no_backing_file(path: str) -> None:
     assert blank is None or blank.backing_file is None
 
 
-def test_an_unknown_extension_before_the_format_is_passed_over(path: str) -> None:
+def test_unknown_extension_before_the_format_is_passed_over(path: str) -> None:
     qcow2_file.write(path, backing_file="base", backing_format="raw")
     extensions = qcow2_file.extension(0x12345678, b"five!") + qcow2_file.extension(qcow2_file.BACKING_FORMAT, b"qcow2")
     name_at = 112 + len(extensions) + 8
@@ -213,7 +213,7 @@ def test_what_stands_behind_the_last_extension_is_not_one(path: str) -> None:
     assert blank.backing_format is None
 
 
-def test_an_extension_that_never_ends_is_given_up(path: str) -> None:
+def test_extension_that_never_ends_is_given_up(path: str) -> None:
     qcow2_file.write(path, backing_file="base")
     qcow2_file.patch(path, 112, struct.pack(">II", 0x12345678, 2**32 - 1))
 
@@ -232,7 +232,7 @@ def test_virtual_size_is_read_from_the_header(path: str, version: int, size: int
 
 
 @pytest.mark.parametrize("content", [b"", b"QFI", b"QFI\xfb" + bytes(67), bytes(72)])
-def test_a_file_without_a_header_has_no_virtual_size_in_it(path: str, content: bytes) -> None:
+def test_file_without_a_header_has_no_virtual_size_in_it(path: str, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
 
@@ -241,7 +241,7 @@ def test_a_file_without_a_header_has_no_virtual_size_in_it(path: str, content: b
 
 
 @pytest.mark.parametrize("read", [qcow2_header.blank, qcow2_header.backing, qcow2_header.begins])
-def test_a_header_is_read_by_name_or_through_what_is_open(path: str, read: Callable[[Any], object]) -> None:
+def test_header_is_read_by_name_or_through_what_is_open(path: str, read: Callable[[Any], object]) -> None:
     qcow2_file.write(path, backing_file="base", backing_format="raw")
 
     with open(path, "rb") as file:
@@ -254,15 +254,15 @@ def test_a_header_is_read_by_name_or_through_what_is_open(path: str, read: Calla
      ({"backing_file": "base", "backing_format": "raw"}, ("base", "raw"))],
 )  # fmt: skip
 @pytest.mark.parametrize("version", [2, 3])
-def test_the_backing_file_is_told_as_the_header_has_it(
-    path: str, version: int, more: dict[str, str], named: tuple[str | None, str | None]
+def test_backing_file_is_told_as_the_header_has_it(
+    path: str, version: int, more: dict[str, Any], named: tuple[str | None, str | None]
 ) -> None:
     qcow2_file.write(path, version=version, **more)
 
     assert qcow2_header.backing(path) == named
 
 
-def test_a_file_without_a_header_has_no_backing_file(path: str) -> None:
+def test_file_without_a_header_has_no_backing_file(path: str) -> None:
     with open(path, "wb") as file:
         file.write(bytes(4096))
 
@@ -270,7 +270,7 @@ def test_a_file_without_a_header_has_no_backing_file(path: str) -> None:
 
 
 @pytest.mark.parametrize(("incompatible", "elsewhere"), [(qcow2_file.DATA_FILE, True), (qcow2_file.DIRTY, False)])
-def test_a_header_tells_whether_the_data_is_in_another_file(path: str, incompatible: int, elsewhere: bool) -> None:
+def test_header_tells_whether_the_data_is_in_another_file(path: str, incompatible: int, elsewhere: bool) -> None:
     qcow2_file.write(path, incompatible=incompatible)
 
     assert qcow2_header.has_data_file(path) is elsewhere
@@ -281,18 +281,18 @@ def test_a_header_tells_whether_the_data_is_in_another_file(path: str, incompati
     [(b"", False), (b"QFI\xfb", False), (bytes(4096), False), (b"QFI\xfb\0\0\0\1" + bytes(64), False),
      (b"QFI\xfb\0\0\0\2" + bytes(64), True), (b"QFI\xfb\0\0\0\x09" + bytes(64), True)],
 )  # fmt: skip
-def test_a_file_begins_like_qcow2_or_does_not(path: str, content: bytes, begins: bool) -> None:
+def test_file_begins_like_qcow2_or_does_not(path: str, content: bytes, begins: bool) -> None:
     with open(path, "wb") as file:
         file.write(content)
 
     assert qcow2_header.begins(path) is begins
 
 
-def test_a_file_that_cannot_be_read_does_not_begin_like_qcow2(path: str) -> None:
+def test_file_that_cannot_be_read_does_not_begin_like_qcow2(path: str) -> None:
     assert qcow2_header.begins(f"{path}/none") is False
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path: str) -> None:
+def test_pipe_in_the_place_of_a_file_is_not_waited_for(path: str) -> None:
     os.mkfifo(path)
 
     assert qcow2_header.begins(path) is False

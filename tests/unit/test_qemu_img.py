@@ -36,7 +36,7 @@ def said(answer: Any) -> Callable[..., str]:
     ("name", "read"),
     [("info", lambda: qemu_img.info(DISK, NAME, "qcow2")), ("check", lambda: qemu_img.check(DISK, NAME, "qcow2"))],
 )
-def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
+def test_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     programs: Programs, name: str, read: Callable[[], object]
 ) -> None:
     programs.answers[name] = said({})
@@ -54,7 +54,7 @@ def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     assert call.kwargs["env_variables"]["LC_ALL"] == "C"
 
 
-def test_a_check_leaves_the_backing_file_alone(programs: Programs) -> None:
+def test_check_leaves_the_backing_file_alone(programs: Programs) -> None:
     programs.answers["check"] = said({})
 
     qemu_img.check(DISK, NAME, "qcow2")
@@ -86,7 +86,7 @@ def test_check_answers_for_corrupt_and_for_leaking_images_too(programs: Programs
 
 
 @pytest.mark.parametrize("status", [1, 63])
-def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
+def test_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
     programs.ends("check", status)
 
     with pytest.raises(exceptions.CommandFailed):
@@ -106,7 +106,7 @@ def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status:
         ("measure", lambda: qemu_img.measure(DISK, 1, "qcow2", {})),
     ],
 )
-def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
+def test_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     programs: Programs, name: str, read: Callable[[], object], printed: str
 ) -> None:
     programs.answers[name] = said(printed)
@@ -117,7 +117,7 @@ def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     assert caught.value.path == DISK
 
 
-def test_a_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
+def test_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
     programs.answers["info"] = said("x" * 100_000)
 
     with pytest.raises(exceptions.BrokenImage) as caught:
@@ -150,7 +150,7 @@ def test_measure_with_nonsense_for_a_size_is_an_error(programs: Programs, wrong:
 
 
 @pytest.mark.parametrize("wrong", [None, -1, "1", 1.0, True, [1], {}])
-def test_a_number_is_a_count_and_nothing_else(wrong: object) -> None:
+def test_number_is_a_count_and_nothing_else(wrong: object) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"as 'a\.b'") as caught:
         qemu_img.number(DISK, {"a": {"b": wrong}}, "a", "b")
 
@@ -162,7 +162,7 @@ def test_zero_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": None}, {"a": "text"}, {"a": ["b"]}])
-def test_a_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
+def test_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"lacks 'a\.b'") as caught:
         qemu_img.value(DISK, answer, "a", "b")
 
@@ -221,14 +221,14 @@ def test_convert_keeps_clusters_mapped_that_read_as_zeros_over_a_backing_file(pr
     assert programs.calls[0].after("-S") == "0"
 
 
-def test_a_block_device_is_opened_as_one(programs: Programs) -> None:
+def test_block_device_is_opened_as_one(programs: Programs) -> None:
     with fixtures.MockPatchObject(qemu_img, "_is_device", lambda path: True):
         qemu_img.resize(DISK, NAME, 1024, "qcow2", "off", backing_file="/dev/base", backing_format="raw")
 
     assert hosts.csv(programs.calls[0].argv[-2])["backing.file.driver"] == "host_device"
 
 
-def test_a_backing_file_gets_another_name_without_being_opened(programs: Programs) -> None:
+def test_backing_file_gets_another_name_without_being_opened(programs: Programs) -> None:
     qemu_img.rename_backing_file(DISK, NAME, "base", "raw")
 
     [call] = programs.calls
@@ -346,14 +346,14 @@ def test_version_is_asked_once_a_process(programs: Programs) -> None:
     assert len(programs.calls) == 1
 
 
-def test_a_program_without_a_version_is_too_old(programs: Programs) -> None:
+def test_program_without_a_version_is_too_old(programs: Programs) -> None:
     programs.answers["--version"] = said("BusyBox")
 
     with pytest.raises(exceptions.QemuImgTooOld, match="BusyBox"):
         qemu_img.version()
 
 
-def test_a_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
+def test_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
     programs.answers["--version"] = said("qemu-img version 7.2.22")
     programs.ends("--version", 1)
     with pytest.raises(exceptions.CommandFailed):

@@ -42,25 +42,25 @@ def putting(value: object, *keys: str, drop: bool = False) -> Callable[[dict[str
 # raw
 
 
-def test_a_raw_disk_with_all_its_space_is_preallocated(host: Host) -> None:
+def test_raw_disk_with_all_its_space_is_preallocated(host: Host) -> None:
     image = read_raw(host.raw(SIZE, held=SIZE))
 
     assert (image.virtual_size, image.file_size, image.state) == (SIZE, SIZE, "preallocated")
 
 
-def test_a_raw_disk_with_a_hole_is_thin(host: Host) -> None:
+def test_raw_disk_with_a_hole_is_thin(host: Host) -> None:
     image = read_raw(host.raw(SIZE, held=SIZE - 4096))
 
     assert (image.state, image.shortfall) == ("thin", 4096)
 
 
-def test_a_raw_disk_that_shares_space_is_thin(host: Host) -> None:
+def test_raw_disk_that_shares_space_is_thin(host: Host) -> None:
     image = read_raw(host.raw(SIZE, held=SIZE, shared=8192))
 
     assert (image.state, image.shared_bytes, image.shortfall) == ("thin", 8192, 8192)
 
 
-def test_a_raw_disk_on_a_copy_on_write_filesystem_is_thin(host: Host) -> None:
+def test_raw_disk_on_a_copy_on_write_filesystem_is_thin(host: Host) -> None:
     host.filesystem = Filesystem("btrfs", fallocate=True, copy_on_write=True)
 
     image = read_raw(host.raw(SIZE, held=SIZE))
@@ -74,20 +74,20 @@ def test_space_past_the_end_of_a_raw_disk_is_not_its_own(host: Host) -> None:
     assert image.held_size == SIZE
 
 
-def test_the_last_sector_of_a_raw_disk_counts_in_full(host: Host) -> None:
+def test_last_sector_of_a_raw_disk_counts_in_full(host: Host) -> None:
     image = read_raw(host.raw(1000, held=1000))
 
     assert (image.virtual_size, image.file_size, image.shortfall) == (1024, 1000, 24)
 
 
-def test_a_raw_disk_is_never_probed(host: Host) -> None:
+def test_raw_disk_is_never_probed(host: Host) -> None:
     # A guest may have written a qcow2 header to it (CVE-2024-32498).
     read_raw(host.qcow2())
 
     assert [call.after("-f") for call in host.calls] == ["raw"]
 
 
-def test_a_raw_disk_has_no_clusters(host: Host) -> None:
+def test_raw_disk_has_no_clusters(host: Host) -> None:
     image = read_raw(host.raw())
 
     assert (image.clusters, image.mapped_clusters, image.fragmented_clusters) == (None, None, None)
@@ -96,20 +96,20 @@ def test_a_raw_disk_has_no_clusters(host: Host) -> None:
 # qcow2
 
 
-def test_a_new_overlay_is_thin(host: Host) -> None:
+def test_new_overlay_is_thin(host: Host) -> None:
     image = read_qcow2(host.overlay())
 
     assert (image.state, image.clusters, image.mapped_clusters) == ("thin", 256, 0)
     assert (image.backing_file, image.backing_format) == (host.path("base"), "raw")
 
 
-def test_a_disk_with_every_cluster_mapped_and_held_is_preallocated(host: Host) -> None:
+def test_disk_with_every_cluster_mapped_and_held_is_preallocated(host: Host) -> None:
     image = read_qcow2(host.qcow2(mapped=1.0))
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-def test_a_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> None:
+def test_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     end = os.path.getsize(path)
 
@@ -119,7 +119,7 @@ def test_a_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> Non
     assert host.run("measure") == []
 
 
-def test_a_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
+def test_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.disk().held -= 4096
 
@@ -128,21 +128,21 @@ def test_a_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
     assert (image.state, image.shortfall) == ("mapped", 4096)
 
 
-def test_a_mapped_disk_that_shares_space_is_mapped(host: Host) -> None:
+def test_mapped_disk_that_shares_space_is_mapped(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.disk().shared = 4096
 
     assert read_qcow2(path).state == "mapped"
 
 
-def test_a_file_longer_than_its_image_has_all_of_its_length_to_hold(host: Host) -> None:
+def test_file_longer_than_its_image_has_all_of_its_length_to_hold(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.amend["check"] = putting(units.Mi, "image-end-offset")
 
     assert read_qcow2(path).worst_case_size == os.path.getsize(path)
 
 
-def test_a_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(host: Host) -> None:
+def test_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(host: Host) -> None:
     image = read_qcow2(host.qcow2(SIZE, mapped=0.25))
 
     missing = SIZE - SIZE // 4
@@ -150,7 +150,7 @@ def test_a_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(h
     assert image.worst_case_size < image.image_end + missing + 2 * units.Mi
 
 
-def test_a_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
+def test_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
     path = host.qcow2(mapped=0.25)
     needed = read_qcow2(path).worst_case_size
 
@@ -160,7 +160,7 @@ def test_a_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
     assert read_qcow2(path).state == "thin"
 
 
-def test_a_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> None:
+def test_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> None:
     image = read_qcow2(host.qcow2(SIZE, mapped=1.0, snapshots=1))
 
     assert image.snapshots == 1
@@ -168,7 +168,7 @@ def test_a_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> 
     assert image.worst_case_size >= image.image_end + SIZE
 
 
-def test_the_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) -> None:
+def test_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) -> None:
     read_qcow2(host.overlay(mapped=0.5, extended_l2=True, cluster_size=131072))
 
     [call] = host.run("measure")
@@ -202,13 +202,13 @@ def test_bitmaps_are_counted(host: Host) -> None:
         ("compressed-clusters", "compressed_clusters"),
     ],
 )
-def test_a_count_that_qemu_img_leaves_out_is_zero(host: Host, key: str, field: str) -> None:
+def test_count_that_qemu_img_leaves_out_is_zero(host: Host, key: str, field: str) -> None:
     host.amend["check"] = lambda answer: answer.pop(key, None)
 
     assert getattr(read_qcow2(host.qcow2(mapped=1.0)), field) == 0
 
 
-def test_a_disk_of_no_size_has_no_clusters(host: Host) -> None:
+def test_disk_of_no_size_has_no_clusters(host: Host) -> None:
     # qemu-img leaves total-clusters out then, and only then.
     image = read_qcow2(host.qcow2(0))
 
@@ -236,7 +236,7 @@ def test_fragmented_clusters_are_counted(host: Host) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else ".".join(value),
 )
-def test_an_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
+def test_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
     host: Host, name: str, keys: tuple[str, ...]
 ) -> None:
     path = host.qcow2(mapped=0.5)
@@ -261,7 +261,7 @@ def test_an_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
     ],
     ids=lambda value: value if isinstance(value, str) else ".".join(value),
 )
-def test_a_number_that_is_none_is_an_error_and_never_zero(
+def test_number_that_is_none_is_an_error_and_never_zero(
     host: Host, name: str, keys: tuple[str, ...], wrong: object
 ) -> None:
     path = host.qcow2(mapped=0.5)
@@ -275,7 +275,7 @@ def test_a_number_that_is_none_is_an_error_and_never_zero(
 
 @pytest.mark.parametrize("wrong", [None, -1, "3", 1.5, [], {}], ids=repr)
 @pytest.mark.parametrize("key", ["allocated-clusters", "compressed-clusters", "fragmented-clusters", "corruptions"])
-def test_a_count_that_may_be_left_out_still_has_to_be_one(host: Host, key: str, wrong: object) -> None:
+def test_count_that_may_be_left_out_still_has_to_be_one(host: Host, key: str, wrong: object) -> None:
     path = host.qcow2(mapped=0.5)
     host.amend["check"] = putting(wrong, key)
 
@@ -296,7 +296,7 @@ def test_format_specific_data_that_is_no_object_is_an_error(host: Host, wrong: o
     assert caught.value.path == path
 
 
-def test_a_raw_answer_without_a_size_is_an_error(host: Host) -> None:
+def test_raw_answer_without_a_size_is_an_error(host: Host) -> None:
     path = host.raw()
     host.amend["info"] = dropping("virtual-size")
 
@@ -304,7 +304,7 @@ def test_a_raw_answer_without_a_size_is_an_error(host: Host) -> None:
         read_raw(path)
 
 
-def test_a_detection_without_a_result_is_an_error(host: Host) -> None:
+def test_detection_without_a_result_is_an_error(host: Host) -> None:
     path = host.raw()
     host.amend["info"] = dropping("format")
 
@@ -332,7 +332,7 @@ def test_reading_changes_nothing(host: Host) -> None:
     assert (host.files, os.stat(path).st_mtime_ns) == before
 
 
-def test_a_name_that_starts_with_a_dash_or_a_protocol_is_given_as_what_is_open(host: Host) -> None:
+def test_name_that_starts_with_a_dash_or_a_protocol_is_given_as_what_is_open(host: Host) -> None:
     host.raw(name="-f")
     host.raw(name="nbd:localhost:10809")
     here = os.getcwd()
@@ -347,7 +347,7 @@ def test_a_name_that_starts_with_a_dash_or_a_protocol_is_given_as_what_is_open(h
     assert all(call.argv[-1].startswith(f"/proc/{os.getpid()}/fd/") for call in host.calls)
 
 
-def test_the_path_stays_as_the_caller_named_it(host: Host) -> None:
+def test_path_stays_as_the_caller_named_it(host: Host) -> None:
     path = host.raw()
     roundabout = os.path.join(host.folder, "..", os.path.basename(host.folder), "disk")
 
@@ -357,13 +357,13 @@ def test_the_path_stays_as_the_caller_named_it(host: Host) -> None:
 # What is not read.
 
 
-def test_a_file_that_is_not_there(host: Host) -> None:
+def test_file_that_is_not_there(host: Host) -> None:
     with pytest.raises(exceptions.DiskNotFound, match="no such file"):
         read_raw(host.path("none"))
 
 
 @pytest.mark.parametrize("read", [read_raw, read_qcow2, guess])
-def test_a_pipe_is_no_disk_and_is_not_waited_for(host: Host, read: Callable[[str], Any]) -> None:
+def test_pipe_is_no_disk_and_is_not_waited_for(host: Host, read: Callable[[str], Any]) -> None:
     os.mkfifo(host.path())
 
     with pytest.raises(exceptions.DiskNotFound, match="not a regular file"):
@@ -373,14 +373,14 @@ def test_a_pipe_is_no_disk_and_is_not_waited_for(host: Host, read: Callable[[str
 
 
 @pytest.mark.parametrize("read", [read_raw, read_qcow2, guess])
-def test_a_folder_is_no_disk_and_qemu_img_is_not_asked(host: Host, read: Callable[[str], Any]) -> None:
+def test_folder_is_no_disk_and_qemu_img_is_not_asked(host: Host, read: Callable[[str], Any]) -> None:
     with pytest.raises(exceptions.DiskNotFound, match="not a regular file"):
         read(host.folder)
 
     assert host.calls == []
 
 
-def test_a_raw_file_is_not_handed_to_qemu_img_as_qcow2(host: Host) -> None:
+def test_raw_file_is_not_handed_to_qemu_img_as_qcow2(host: Host) -> None:
     path = host.raw()
 
     with pytest.raises(exceptions.FormatMismatch, match="no qcow2 header"):
@@ -390,7 +390,7 @@ def test_a_raw_file_is_not_handed_to_qemu_img_as_qcow2(host: Host) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 3])
-def test_a_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> None:
+def test_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> None:
     path = host.raw(length)
 
     with pytest.raises(exceptions.FormatMismatch):
@@ -407,7 +407,7 @@ def test_a_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> 
         ({"corruptions": 2}, exceptions.BrokenImage, "finds 2 errors"),
     ],
 )
-def test_an_image_that_cannot_be_preallocated_is_refused(
+def test_image_that_cannot_be_preallocated_is_refused(
     host: Host, more: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
     path = host.qcow2(mapped=0.5, **more)
@@ -416,7 +416,7 @@ def test_an_image_that_cannot_be_preallocated_is_refused(
         read_qcow2(path)
 
 
-def test_a_disk_whose_data_is_elsewhere_is_refused_before_qemu_opens_that(host: Host) -> None:
+def test_disk_whose_data_is_elsewhere_is_refused_before_qemu_opens_that(host: Host) -> None:
     with pytest.raises(exceptions.UnsupportedFormat, match="data-file"):
         read_qcow2(host.qcow2(data_file=True))
 
@@ -439,7 +439,7 @@ def test_faults_in_an_image_in_use_may_be_half_of_a_change(host: Host) -> None:
     assert image.in_use is True
 
 
-def test_a_mark_of_corruption_counts_also_while_in_use(host: Host) -> None:
+def test_mark_of_corruption_counts_also_while_in_use(host: Host) -> None:
     path = host.qcow2(mapped=0.5, corrupt=True)
 
     with hosts.opened_by_qemu(path), pytest.raises(exceptions.BrokenImage):
@@ -447,7 +447,7 @@ def test_a_mark_of_corruption_counts_also_while_in_use(host: Host) -> None:
 
 
 @pytest.mark.parametrize("name", ["info", "check"])
-def test_an_image_that_exhausts_its_limits_is_given_up(host: Host, name: str) -> None:
+def test_image_that_exhausts_its_limits_is_given_up(host: Host, name: str) -> None:
     path = host.qcow2(mapped=0.5)
     host.ends(name, -24)
 
@@ -457,7 +457,7 @@ def test_an_image_that_exhausts_its_limits_is_given_up(host: Host, name: str) ->
     assert caught.value.path == path
 
 
-def test_a_refusal_comes_before_what_check_says_of_the_image(host: Host) -> None:
+def test_refusal_comes_before_what_check_says_of_the_image(host: Host) -> None:
     # qemu-img check fails on an encrypted image for want of the key.
     path = host.qcow2(encrypted=True)
     host.ends("check", 1, "Parameter 'encrypt.key-secret' is required for cipher")
@@ -497,12 +497,12 @@ def test_without_an_extent_map_no_more_is_held_than_can_be_used(host: Host) -> N
 # Backing files.
 
 
-def test_the_size_of_a_backing_file_is_asked_in_its_format(host: Host) -> None:
+def test_size_of_a_backing_file_is_asked_in_its_format(host: Host) -> None:
     assert reading.virtual_size(host.path("overlay"), host.qcow2(SIZE), "qcow2") == SIZE
     assert host.calls[0].after("-f") == "qcow2"
 
 
-def test_the_format_of_a_file_is_detected_under_limits(host: Host) -> None:
+def test_format_of_a_file_is_detected_under_limits(host: Host) -> None:
     assert guess(host.qcow2()) == "qcow2"
     assert guess(host.raw()) == "raw"
     assert all(call.limits is qemu_img.LIMITS for call in host.calls)

@@ -50,7 +50,7 @@ def word(path: str, told: str | None = None) -> Word:
 
 @pytest.mark.parametrize("noted", ["raw", "qcow2"])
 @pytest.mark.parametrize("told", ["raw", "qcow2"])
-def test_the_caller_s_word_comes_before_all_others(host: Host, told: str, noted: str) -> None:
+def test_caller_s_word_comes_before_all_others(host: Host, told: str, noted: str) -> None:
     path = host.qcow2()
     note(host, {path: noted})
 
@@ -76,7 +76,7 @@ def test_only_a_guess_is_not_certain(source: Any, certain: bool) -> None:
     assert Word("raw", source).certain is certain
 
 
-def test_a_raw_disk_that_begins_like_qcow2_is_told_of_once(host: Host, logged: Logged) -> None:
+def test_raw_disk_that_begins_like_qcow2_is_told_of_once(host: Host, logged: Logged) -> None:
     path = host.qcow2()
     note(host, {path: "raw"})
 
@@ -102,7 +102,7 @@ def test_a_raw_disk_that_begins_like_qcow2_is_told_of_once(host: Host, logged: L
         "//disk",
     ],
 )
-def test_a_record_is_found_by_the_disk_s_name_in_whatever_folder_it_was(host: Host, key: str) -> None:
+def test_record_is_found_by_the_disk_s_name_in_whatever_folder_it_was(host: Host, key: str) -> None:
     path = host.raw()
     note(host, {key: "raw"})
 
@@ -116,7 +116,7 @@ def test_another_disk_s_record_says_nothing(host: Host, key: str) -> None:
     assert record.note(host.raw()) == NOTHING
 
 
-def test_a_disk_without_a_record_beside_it_has_none(host: Host) -> None:
+def test_disk_without_a_record_beside_it_has_none(host: Host) -> None:
     assert record.note(host.raw()) == NOTHING
     assert record.note(host.path("none/disk")) == NOTHING
 
@@ -138,13 +138,13 @@ def roundabout(host: Host) -> str:
 
 
 @pytest.mark.parametrize("name", [linked_folder, linked_disk, roundabout])
-def test_a_link_to_a_disk_or_to_its_folder_leads_to_its_record(host: Host, name: Callable[[Host], str]) -> None:
+def test_link_to_a_disk_or_to_its_folder_leads_to_its_record(host: Host, name: Callable[[Host], str]) -> None:
     note(host, {host.raw(): "raw"})
 
     assert record.note(name(host)) == said("raw")
 
 
-def test_a_record_beside_the_link_counts_too(host: Host) -> None:
+def test_record_beside_the_link_counts_too(host: Host) -> None:
     host.raw()
     link = linked_disk(host)
     note(host, {"volume": "raw"}, "elsewhere")
@@ -152,7 +152,7 @@ def test_a_record_beside_the_link_counts_too(host: Host) -> None:
     assert record.note(link) == said("raw")
 
 
-def test_a_link_whose_two_records_differ_is_of_no_known_format(host: Host) -> None:
+def test_link_whose_two_records_differ_is_of_no_known_format(host: Host) -> None:
     note(host, {host.raw(): "qcow2"})
     link = linked_disk(host)
     note(host, {"volume": "vmdk"}, "elsewhere")
@@ -160,7 +160,7 @@ def test_a_link_whose_two_records_differ_is_of_no_known_format(host: Host) -> No
     assert record.note(link) == UNKNOWN
 
 
-def test_a_relative_path_finds_its_record(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_finds_its_record(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     note(host, {host.raw(): "raw"})
     monkeypatch.chdir(host.folder)
 
@@ -191,13 +191,13 @@ def test_any_record_that_says_raw_wins_and_a_contradiction_says_nothing(
 
 
 @pytest.mark.parametrize("format", [None, 7, 1.5, True, ["raw"], {"raw": "raw"}])
-def test_a_format_that_is_no_word_is_unknown(host: Host, format: object) -> None:
+def test_format_that_is_no_word_is_unknown(host: Host, format: object) -> None:
     note(host, {"/a/disk": format})
 
     assert record.note(host.raw()) == UNKNOWN
 
 
-def test_a_format_that_is_none_of_ours_is_nova_s_word_too(host: Host) -> None:
+def test_format_that_is_none_of_ours_is_nova_s_word_too(host: Host) -> None:
     path = host.raw()
     note(host, {path: "ploop"})
 
@@ -247,7 +247,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("make", BAD)
-def test_a_record_that_cannot_be_believed_counts_as_one_that_says_unknown(
+def test_record_that_cannot_be_believed_counts_as_one_that_says_unknown(
     host: Host, make: Callable[[str], object]
 ) -> None:
     path = host.qcow2()
@@ -261,7 +261,7 @@ def test_a_record_that_cannot_be_believed_counts_as_one_that_says_unknown(
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
-def test_a_record_that_cannot_be_opened_is_not_one_that_is_not_there(host: Host, code: int) -> None:
+def test_record_that_cannot_be_opened_is_not_one_that_is_not_there(host: Host, code: int) -> None:
     path = host.qcow2()
     note(host, {path: "qcow2"})
     real = os.open
@@ -271,11 +271,11 @@ def test_a_record_that_cannot_be_opened_is_not_one_that_is_not_there(host: Host,
             raise OSError(code, os.strerror(code), name)
         return real(name, *how, **more)
 
-    with fixtures.MockPatchObject(record.os, "open", refuse):
+    with fixtures.MockPatchObject(os, "open", refuse):
         assert record.note(path) == UNKNOWN
 
 
-def test_a_record_that_cannot_be_read_is_not_one_that_is_not_there(host: Host) -> None:
+def test_record_that_cannot_be_read_is_not_one_that_is_not_there(host: Host) -> None:
     path = host.qcow2()
     note(host, {path: "qcow2"})
 
@@ -310,7 +310,7 @@ def test_no_byte_of_a_disk_is_changed_where_its_record_cannot_be_believed(
 
     for existing in ("rewrite", "just_made"):
         with pytest.raises(exceptions.FormatNotCertain):
-            Preallocator().preallocate(path, existing)  # type: ignore[arg-type]
+            Preallocator().preallocate(path, existing)
     with pytest.raises(exceptions.FormatNotCertain):
         Preallocator().resize(path, 2 * SIZE)
     Preallocator().preallocate(path)
@@ -342,7 +342,7 @@ def test_who_is_refused_is_told_what_to_say(host: Host, format: str, other: str)
 # What the host that a disk comes from has told.
 
 
-def test_the_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -> None:
+def test_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -> None:
     path = host.qcow2()
     # instances_path is another there.
     elsewhere = f"/srv/nova/{os.path.basename(host.folder)}/disk"
@@ -356,7 +356,7 @@ def test_the_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -
     assert record.note(path) == NOTHING
 
 
-def test_the_source_host_s_word_is_forgotten_after_an_error_too(host: Host) -> None:
+def test_source_host_s_word_is_forgotten_after_an_error_too(host: Host) -> None:
     path = host.qcow2()
 
     with pytest.raises(ZeroDivisionError), record.told_by_source_host({path: "raw"}):
@@ -375,7 +375,7 @@ def test_another_instance_s_disk_of_the_same_name_is_another(host: Host) -> None
     [("raw", "qcow2", said("raw")), ("qcow2", "raw", said("raw")), ("qcow2", "qcow2", said("qcow2")),
      ("vmdk", "qcow2", UNKNOWN)],
 )  # fmt: skip
-def test_the_source_host_and_the_record_have_to_agree_unless_one_says_raw(
+def test_source_host_and_the_record_have_to_agree_unless_one_says_raw(
     host: Host, told: str, noted: str, found: Note
 ) -> None:
     path = host.qcow2()
@@ -388,7 +388,7 @@ def test_the_source_host_and_the_record_have_to_agree_unless_one_says_raw(
 # Records that Nova has written of what it has not made.
 
 
-def test_a_record_that_comes_after_the_disk_is_the_configuration_s_word_and_not_believed(host: Host) -> None:
+def test_record_that_comes_after_the_disk_is_the_configuration_s_word_and_not_believed(host: Host) -> None:
     path = host.qcow2()
     record.doubt(path)
     note(host, {path: "qcow2"})
@@ -397,7 +397,7 @@ def test_a_record_that_comes_after_the_disk_is_the_configuration_s_word_and_not_
     assert word(path) == Word("qcow2", "its first bytes")
 
 
-def test_a_record_of_raw_is_believed_all_the_same(host: Host) -> None:
+def test_record_of_raw_is_believed_all_the_same(host: Host) -> None:
     path = host.qcow2()
     record.doubt(path)
     note(host, {path: "raw"})
@@ -405,7 +405,7 @@ def test_a_record_of_raw_is_believed_all_the_same(host: Host) -> None:
     assert record.note(path) == said("raw")
 
 
-def test_a_disk_with_a_record_of_its_own_is_not_doubted(host: Host) -> None:
+def test_disk_with_a_record_of_its_own_is_not_doubted(host: Host) -> None:
     path = host.qcow2()
     note(host, {path: "qcow2"})
     record.doubt(path)
@@ -413,7 +413,7 @@ def test_a_disk_with_a_record_of_its_own_is_not_doubted(host: Host) -> None:
     assert record.note(path) == said("qcow2")
 
 
-def test_a_disk_that_is_made_afterwards_is_not_doubted(host: Host) -> None:
+def test_disk_that_is_made_afterwards_is_not_doubted(host: Host) -> None:
     record.doubt(host.path())
     path = host.qcow2()
     note(host, {path: "qcow2"})
@@ -421,7 +421,7 @@ def test_a_disk_that_is_made_afterwards_is_not_doubted(host: Host) -> None:
     assert record.note(path) == said("qcow2")
 
 
-def test_a_new_disk_in_the_place_of_a_doubted_one_is_not_doubted(host: Host) -> None:
+def test_new_disk_in_the_place_of_a_doubted_one_is_not_doubted(host: Host) -> None:
     old = host.qcow2()
     record.doubt(old)
     os.rename(old, host.path("kept"))

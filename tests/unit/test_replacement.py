@@ -79,14 +79,14 @@ def zeros(disk: pathlib.Path, size: int) -> Any:
 # The next disk.
 
 
-def test_the_new_file_becomes_the_disk(disk: pathlib.Path) -> None:
+def test_new_file_becomes_the_disk(disk: pathlib.Path) -> None:
     replace(disk)
 
     assert disk.read_bytes() == b"new"
     assert names(disk) == ["disk"]
 
 
-def test_the_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> None:
+def test_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     replace(disk)
@@ -95,7 +95,7 @@ def test_the_new_file_takes_the_place_of_the_old_disk(disk: pathlib.Path) -> Non
     assert names(disk) == ["disk"]
 
 
-def test_the_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
+def test_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with new_disk(disk) as new:
@@ -104,7 +104,7 @@ def test_the_new_file_is_empty_and_beside_the_disk(disk: pathlib.Path) -> None:
         assert disk.read_bytes() == b"old"
 
 
-def test_the_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Programs, disk: pathlib.Path) -> None:
+def test_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Programs, disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     seen: list[bytes] = []
     programs.then["sync"] = lambda: seen.append(disk.read_bytes())
@@ -115,10 +115,10 @@ def test_the_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Pro
     assert seen == [b"old"]
 
 
-def test_the_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
+def test_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
     synced: list[tuple[bool, list[str]]] = []
     with fixtures.MockPatchObject(
-        replacement.os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
+        os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
     ):
         replace(disk)
 
@@ -126,7 +126,7 @@ def test_the_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_an_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.Path, existed: bool) -> None:
+def test_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.Path, existed: bool) -> None:
     if existed:
         disk.write_bytes(b"old")
 
@@ -138,7 +138,7 @@ def test_an_error_leaves_the_disk_as_it_was_and_nothing_beside_it(disk: pathlib.
     assert not existed or disk.read_bytes() == b"old"
 
 
-def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Path) -> None:
+def test_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     def judge(new: NewFile) -> None:
@@ -152,7 +152,7 @@ def test_a_file_that_is_judged_wanting_does_not_become_the_disk(disk: pathlib.Pa
     assert names(disk) == ["disk"]
 
 
-def test_a_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs, disk: pathlib.Path) -> None:
+def test_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs, disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     # Clocks of filesystems tick slowly.
     os.utime(disk, (0, 0))
@@ -167,7 +167,7 @@ def test_a_disk_that_is_written_to_meanwhile_is_not_replaced(programs: Programs,
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
+def test_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pathlib.Path, existed: bool) -> None:
     if existed:
         disk.write_bytes(b"old")
     programs.ends("sync", 1, "sync: error syncing: Input/output error")
@@ -201,7 +201,7 @@ def test_space_without_content_that_a_crash_has_left_is_given_back(disk: pathlib
         assert os.fstat(new.fd).st_blocks == 0
 
 
-def test_a_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) -> None:
+def test_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) -> None:
     with new_disk(disk) as new:
         os.pwrite(new.fd, b"first", 0)
         with pytest.raises(exceptions.ImageInUse, match="another imgprealloc"):
@@ -211,7 +211,7 @@ def test_a_disk_that_another_imgprealloc_makes_is_refused(disk: pathlib.Path) ->
     assert disk.read_bytes() == b"first"
 
 
-def test_a_claim_that_was_lost_while_it_was_made_is_made_again(disk: pathlib.Path) -> None:
+def test_claim_that_was_lost_while_it_was_made_is_made_again(disk: pathlib.Path) -> None:
     # Another imgprealloc, done between our open and our lock, has renamed or removed what we opened.
     attempts: list[int] = []
 
@@ -240,7 +240,7 @@ def test_what_another_imgprealloc_has_just_taken_away_is_not_missed(disk: pathli
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late):
+    with fixtures.MockPatchObject(os, "open", late):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -297,7 +297,7 @@ def test_somebody_s_file_that_has_come_in_the_place_of_a_crash_s_remains_is_not_
             remains.write_bytes(b"precious")
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late), pytest.raises(exceptions.FileInTheWay):
+    with fixtures.MockPatchObject(os, "open", late), pytest.raises(exceptions.FileInTheWay):
         replace(disk)
 
     assert remains.read_bytes() == b"precious"
@@ -324,7 +324,7 @@ def test_somebody_s_file_of_our_name_is_never_removed(disk: pathlib.Path, kind: 
     ]
 
 
-def test_a_disk_that_qemu_writes_is_not_replaced(disk: pathlib.Path) -> None:
+def test_disk_that_qemu_writes_is_not_replaced(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with hosts.opened_by_qemu(str(disk)), pytest.raises(exceptions.ImageInUse):
@@ -343,7 +343,7 @@ def test_qemu_cannot_start_to_write_a_disk_that_is_being_replaced(disk: pathlib.
         os.pwrite(new.fd, b"new", 0)
 
 
-def test_a_symbolic_link_is_refused(disk: pathlib.Path) -> None:
+def test_symbolic_link_is_refused(disk: pathlib.Path) -> None:
     target = disk.parent / "elsewhere"
     target.write_bytes(b"old")
     disk.symlink_to(target)
@@ -355,7 +355,7 @@ def test_a_symbolic_link_is_refused(disk: pathlib.Path) -> None:
     assert target.read_bytes() == b"old"
 
 
-def test_a_symbolic_link_to_nowhere_is_not_followed(disk: pathlib.Path) -> None:
+def test_symbolic_link_to_nowhere_is_not_followed(disk: pathlib.Path) -> None:
     disk.symlink_to(disk.parent / "nowhere")
 
     with pytest.raises(exceptions.DiskExists):
@@ -364,7 +364,7 @@ def test_a_symbolic_link_to_nowhere_is_not_followed(disk: pathlib.Path) -> None:
     assert names(disk) == ["disk"]
 
 
-def test_a_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
+def test_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     os.link(disk, disk.parent / "second")
 
@@ -374,7 +374,7 @@ def test_a_disk_with_a_second_name_is_refused(disk: pathlib.Path) -> None:
     assert (disk.parent / "second").read_bytes() == b"old"
 
 
-def test_a_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -> None:
+def test_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -> None:
     with pytest.raises(exceptions.DiskExists, match="meanwhile"), new_disk(disk):
         disk.write_bytes(b"somebody else's")
 
@@ -383,7 +383,7 @@ def test_a_disk_that_has_come_meanwhile_is_not_overwritten(disk: pathlib.Path) -
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o660, 0o1644])
-def test_the_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int) -> None:
+def test_new_disk_has_the_mode_of_the_old_one(disk: pathlib.Path, mode: int) -> None:
     disk.write_bytes(b"old")
     disk.chmod(mode)
 
@@ -406,7 +406,7 @@ def test_nobody_else_can_open_the_new_file_before_it_has_the_mode_of_the_old_one
     assert modes[-1] == 0o1600
 
 
-def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:
+def test_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
     try:
         os.setxattr(disk, "user.imgprealloc", b"kept")
@@ -419,7 +419,7 @@ def test_the_new_disk_has_the_extended_attributes_of_the_old_one(disk: pathlib.P
 
 
 @pytest.mark.parametrize(("owner", "changed"), [((107, 108), [(107, 108)]), (None, [])])
-def test_the_new_disk_has_the_owner_of_the_old_one(
+def test_new_disk_has_the_owner_of_the_old_one(
     disk: pathlib.Path, owner: tuple[int, int] | None, changed: list[tuple[int, int]]
 ) -> None:
     # chown is root's, so that it is only looked at here; and not tried where it is not needed.
@@ -435,8 +435,8 @@ def test_the_new_disk_has_the_owner_of_the_old_one(
         return os.stat_result((*status[:4], *owner, *status[6:]), {"st_mtime_ns": 0, "st_ctime_ns": 0})
 
     with (
-        fixtures.MockPatchObject(replacement.os, "fstat", owned),
-        fixtures.MockPatchObject(replacement.os, "fchown", lambda fd, *ids: seen.append(ids)),
+        fixtures.MockPatchObject(os, "fstat", owned),
+        fixtures.MockPatchObject(os, "fchown", lambda fd, *ids: seen.append(ids)),
     ):
         replace(disk)
 
@@ -446,7 +446,7 @@ def test_the_new_disk_has_the_owner_of_the_old_one(
 # The mark by which ours is known.
 
 
-def test_the_new_file_has_our_mark_until_it_is_the_disk(disk: pathlib.Path) -> None:
+def test_new_file_has_our_mark_until_it_is_the_disk(disk: pathlib.Path) -> None:
     modes: list[int] = []
 
     with new_disk(disk, lambda new: modes.append(stat.S_IMODE(os.fstat(new.fd).st_mode))) as new:
@@ -457,7 +457,7 @@ def test_the_new_file_has_our_mark_until_it_is_the_disk(disk: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
-def test_the_mark_stays_until_the_rename_when_a_disk_is_replaced(disk: pathlib.Path, mode: int) -> None:
+def test_mark_stays_until_the_rename_when_a_disk_is_replaced(disk: pathlib.Path, mode: int) -> None:
     disk.write_bytes(b"old")
     disk.chmod(mode)
     seen: list[int] = []
@@ -467,7 +467,7 @@ def test_the_mark_stays_until_the_rename_when_a_disk_is_replaced(disk: pathlib.P
         seen.append(stat.S_IMODE((disk.parent / TEMPORARY).stat().st_mode))
         real(*arguments, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "replace", watched):
+    with fixtures.MockPatchObject(os, "replace", watched):
         replace(disk)
 
     assert seen == [mode | stat.S_ISVTX]
@@ -475,7 +475,7 @@ def test_the_mark_stays_until_the_rename_when_a_disk_is_replaced(disk: pathlib.P
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_a_new_disk_has_the_mode_that_qemu_img_would_give_it(disk: pathlib.Path, umask: int) -> None:
+def test_new_disk_has_the_mode_that_qemu_img_would_give_it(disk: pathlib.Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         replace(disk)
@@ -566,10 +566,10 @@ def test_without_an_exclusive_rename_too_nothing_is_overwritten(disk: pathlib.Pa
     assert names(disk) == ["disk"]
 
 
-def test_a_name_that_was_taken_for_nothing_is_given_back(disk: pathlib.Path) -> None:
+def test_name_that_was_taken_for_nothing_is_given_back(disk: pathlib.Path) -> None:
     with (
         no_renameat2(errno.EINVAL),
-        fixtures.MockPatchObject(replacement.os, "replace", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "replace", raises(errno.EIO)),
         pytest.raises(OSError, match="Input/output error"),
     ):
         replace(disk)
@@ -577,7 +577,7 @@ def test_a_name_that_was_taken_for_nothing_is_given_back(disk: pathlib.Path) -> 
     assert names(disk) == []
 
 
-def test_a_real_fault_of_the_rename_is_an_error(disk: pathlib.Path) -> None:
+def test_real_fault_of_the_rename_is_an_error(disk: pathlib.Path) -> None:
     with no_renameat2(errno.EIO), pytest.raises(OSError, match="Input/output error"):
         replace(disk)
 
@@ -592,10 +592,10 @@ def raises(code: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS])
-def test_a_filesystem_without_extended_attributes_has_none_to_keep(disk: pathlib.Path, code: int) -> None:
+def test_filesystem_without_extended_attributes_has_none_to_keep(disk: pathlib.Path, code: int) -> None:
     disk.write_bytes(b"old")
 
-    with fixtures.MockPatchObject(replacement.os, "listxattr", raises(code)):
+    with fixtures.MockPatchObject(os, "listxattr", raises(code)):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -605,7 +605,7 @@ def test_attributes_that_cannot_be_read_are_an_error_that_names_the_file(disk: p
     disk.write_bytes(b"old")
 
     with (
-        fixtures.MockPatchObject(replacement.os, "listxattr", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "listxattr", raises(errno.EIO)),
         pytest.raises(exceptions.FileError) as caught,
         os_errors.translated(str(disk)),
     ):
@@ -618,19 +618,19 @@ def test_attributes_that_cannot_be_read_are_an_error_that_names_the_file(disk: p
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool, code: int) -> None:
+def test_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool, code: int) -> None:
     if existed:
         disk.write_bytes(b"old")
 
-    with fixtures.MockPatchObject(replacement.os, "fsync", raises(code)):
+    with fixtures.MockPatchObject(os, "fsync", raises(code)):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
 
 
-def test_a_folder_that_cannot_be_synced_is_told_by_its_name(disk: pathlib.Path) -> None:
+def test_folder_that_cannot_be_synced_is_told_by_its_name(disk: pathlib.Path) -> None:
     with (
-        fixtures.MockPatchObject(replacement.os, "fsync", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "fsync", raises(errno.EIO)),
         pytest.raises(exceptions.FileError, match="the new disk has its name, but may lose it") as caught,
         os_errors.translated(str(disk)),
     ):
@@ -643,7 +643,7 @@ def test_a_folder_that_cannot_be_synced_is_told_by_its_name(disk: pathlib.Path) 
 # In use.
 
 
-def test_a_disk_that_is_open_elsewhere_is_not_replaced(disk: pathlib.Path) -> None:
+def test_disk_that_is_open_elsewhere_is_not_replaced(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with (
@@ -657,7 +657,7 @@ def test_a_disk_that_is_open_elsewhere_is_not_replaced(disk: pathlib.Path) -> No
     assert names(disk) == ["disk"]
 
 
-def test_a_disk_that_backs_a_guest_s_snapshot_is_not_replaced(disk: pathlib.Path) -> None:
+def test_disk_that_backs_a_guest_s_snapshot_is_not_replaced(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
 
     with (
@@ -669,7 +669,7 @@ def test_a_disk_that_backs_a_guest_s_snapshot_is_not_replaced(disk: pathlib.Path
     assert disk.read_bytes() == b"old"
 
 
-def test_a_disk_that_was_replaced_by_one_of_the_same_time_and_size_is_not_ours_to_replace(
+def test_disk_that_was_replaced_by_one_of_the_same_time_and_size_is_not_ours_to_replace(
     programs: Programs, disk: pathlib.Path
 ) -> None:
     disk.write_bytes(b"old")

@@ -78,7 +78,7 @@ print("seen")
 """
 
 
-def test_a_setting_that_is_added_in_its_one_place_reaches_all_who_have_to_know_it(tmp_path: pathlib.Path) -> None:
+def test_setting_that_is_added_in_its_one_place_reaches_all_who_have_to_know_it(tmp_path: pathlib.Path) -> None:
     copy = tmp_path / "imgprealloc"
     shutil.copytree(_PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     source = (copy / "settings.py").read_text()
@@ -100,7 +100,7 @@ def test_a_setting_that_is_added_in_its_one_place_reaches_all_who_have_to_know_i
 
 
 @pytest.mark.parametrize("field", settings.fields(), ids=lambda field: field.name)
-def test_a_setting_has_choices_of_which_its_default_is_one_and_whole_sentences(
+def test_setting_has_choices_of_which_its_default_is_one_and_whole_sentences(
     field: dataclasses.Field[object],
 ) -> None:
     choices = field.metadata["choices"]
@@ -118,12 +118,12 @@ def test_what_a_type_allows_is_what_may_be_chosen(name: str) -> None:
     assert list(field.metadata["choices"]) == list(get_args(get_type_hints(settings.Settings)[name]))
 
 
-def test_the_strategy_has_the_settings_and_nothing_else() -> None:
+def test_strategy_has_the_settings_and_nothing_else() -> None:
     assert [field.name for field in dataclasses.fields(Preallocator)] == [field.name for field in settings.fields()]
     assert {field.name for field in settings.fields()} <= {option.name for option in opts.OPTIONS}
 
 
-def test_a_strategy_is_a_value() -> None:
+def test_strategy_is_a_value() -> None:
     assert Preallocator() == Preallocator("falloc")
     assert hash(Preallocator()) == hash(Preallocator("falloc"))
     with pytest.raises(dataclasses.FrozenInstanceError):

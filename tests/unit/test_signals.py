@@ -38,7 +38,7 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_ends_the_block_with_its_number(number: signal.Signals) -> None:
+def test_signal_ends_the_block_with_its_number(number: signal.Signals) -> None:
     with pytest.raises(signals.Stopped) as caught, signals.stopping():
         send(number)
 
@@ -69,7 +69,7 @@ def test_those_that_follow_wait_for_the_end(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals) -> None:
+def test_signal_that_was_ignored_stays_ignored(number: signal.Signals) -> None:
     # As SIGHUP under nohup(1).
     before = signal.signal(number, signal.SIG_IGN)
     try:
@@ -90,7 +90,7 @@ def test_one_that_comes_before_anything_was_begun_says_so() -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 @pytest.mark.parametrize("verb", ["create", "allocate", "resize"])
-def test_the_command_ends_with_128_and_the_number_and_a_line_about_the_disk(
+def test_command_ends_with_128_and_the_number_and_a_line_about_the_disk(
     host: Host, capsys: pytest.CaptureFixture[str], verb: str, number: signal.Signals
 ) -> None:
     disk = host.path() if verb == "create" else host.raw()
@@ -125,7 +125,7 @@ def replaced(disk: pathlib.Path) -> None:
         (lambda disk: disk.touch(), lambda disk: os.truncate(disk, 9), "has its content, and is not done"),
     ],
 )
-def test_the_line_tells_what_became_of_the_disk(
+def test_line_tells_what_became_of_the_disk(
     tmp_path: pathlib.Path,
     make: Callable[[pathlib.Path], Any],
     change: Callable[[pathlib.Path], Any],

@@ -73,7 +73,7 @@ def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * units.Mi], ids=["empty", "without holes"])
-def test_a_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
+def test_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
     file.write_bytes(content)
 
     write(file)
@@ -108,7 +108,7 @@ def test_no_process_is_started_to_write_zeros_to_a_disk_that_is_open_without_a_l
 # The process.
 
 
-def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
+def test_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
     with file.open("wb") as disk:
         disk.seek(256 * units.Ki)
         disk.write(b"x" * 65536)
@@ -121,7 +121,7 @@ def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.P
     assert holes(file) == []
 
 
-def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
+def test_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
     # One that has come after the caller has looked.
     with opened_by_qemu(str(file)):
@@ -130,7 +130,7 @@ def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) 
     assert holes(file) != []
 
 
-def test_the_process_writes_nothing_to_a_disk_that_backs_a_guest_s_snapshot(file: pathlib.Path) -> None:
+def test_process_writes_nothing_to_a_disk_that_backs_a_guest_s_snapshot(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
 
     with opened_by_qemu(str(file), hosts.NO_WRITER, hosts.NO_RESIZER):
@@ -139,7 +139,7 @@ def test_the_process_writes_nothing_to_a_disk_that_backs_a_guest_s_snapshot(file
     assert holes(file) != []
 
 
-def test_the_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
+def test_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
     with file.open("wb") as disk:
         disk.write(b"x" * 65536)
         disk.truncate(5 * units.Mi // 2)
@@ -157,7 +157,7 @@ def test_the_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) 
 
 
 @pytest.mark.parametrize("position", [0, 4095, 100_000, 2 * units.Mi - 1])
-def test_a_hole_that_reads_as_data_is_an_error_and_nothing_is_written_over_it(
+def test_hole_that_reads_as_data_is_an_error_and_nothing_is_written_over_it(
     file: pathlib.Path, position: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # lseek(2) has called dirty data a hole (OpenZFS 15526).
@@ -195,7 +195,7 @@ def test_every_byte_is_read_before_it_is_written_over(file: pathlib.Path) -> Non
     assert done == [("read", 0), ("write", 0), ("read", units.Mi), ("write", units.Mi)]
 
 
-def test_a_filesystem_that_knows_no_holes_is_all_data(file: pathlib.Path) -> None:
+def test_filesystem_that_knows_no_holes_is_all_data(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
     ends = {os.SEEK_HOLE: units.Mi, os.SEEK_DATA: 0}
 
@@ -203,7 +203,7 @@ def test_a_filesystem_that_knows_no_holes_is_all_data(file: pathlib.Path) -> Non
         assert holes(file) == []
 
 
-def test_a_fault_of_the_look_for_holes_is_an_error(file: pathlib.Path) -> None:
+def test_fault_of_the_look_for_holes_is_an_error(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
 
     def faulty(fd: int, offset: int, whence: int) -> int:
@@ -246,7 +246,7 @@ def test_zeros_that_do_not_fit_are_told_in_the_words_of_strerror(
     assert ENOSPC in capsys.readouterr().err
 
 
-def test_the_process_leaves_nothing_open_and_nothing_locked(file: pathlib.Path) -> None:
+def test_process_leaves_nothing_open_and_nothing_locked(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
     before = os.listdir("/proc/self/fd")
 
