@@ -430,6 +430,16 @@ def test_new_disk_in_the_place_of_a_doubted_one_is_not_doubted(host: Host) -> No
     assert record.note(old) == said("qcow2")
 
 
+def test_disk_that_nova_has_just_made_is_believed_though_it_has_the_inode_of_a_doubted_one(host: Host) -> None:
+    path = host.qcow2()
+    record.doubt(path)
+    note(host, {path: "qcow2"})
+
+    record.believe(path)
+
+    assert record.note(path) == said("qcow2")
+
+
 def test_doubts_do_not_grow_without_bound(host: Host) -> None:
     with fixtures.MockPatchObject(record, "_MOST_DOUBTED", 3):
         for number in range(5):
