@@ -2,11 +2,11 @@
 """What a qcow2 header says, where qemu-img is not asked, or cannot answer.
 
 It is asked too late where a header names what must not be opened, and it cannot
-tell whether a file holds anything at all. That no cluster is allocated (qemu-img check) is not enough: a cluster that the
-guest has zeroed hides the backing file without being allocated. But every
-cluster, zeroed ones too, has its entry in an L2 table, so that a file without
-L2 tables reads like its backing file, everywhere. Layout: QEMU's
-docs/interop/qcow2.txt.
+tell whether a file holds anything at all. That no cluster is allocated (qemu-img
+check) is not enough: a cluster that the guest has zeroed hides the backing file
+without being allocated. But every cluster, zeroed ones too, has its entry in an
+L2 table, so that a file without L2 tables reads like its backing file,
+everywhere. Layout: QEMU's docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
