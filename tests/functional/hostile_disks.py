@@ -107,6 +107,9 @@ def noise(size: int, seed: str = "noise") -> bytes:
 def run(*argv: str | os.PathLike[str], cwd: str | os.PathLike[str] | None = None) -> None:
     """Run a program of QEMU's."""
     done = subprocess.run(argv, cwd=cwd, capture_output=True, check=False, timeout=60)
+    # For LUKS it measures how fast the machine is, and gives up where that takes it no time.
+    while done.returncode and b"accurate CPU usage" in done.stderr:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, check=False, timeout=60)
     if done.returncode:
         raise AssertionError(f"{argv} ended with {done.returncode}: {done.stderr!r}")
 
@@ -581,7 +584,8 @@ def _features() -> Iterator[Entry]:
                 content = later(patched, made, field(f"{kind} features", 1 << bit))
                 called = f"qcow2 with {kind} feature {bit} ({name}){what}"
                 expected: Expected = "refused" if (kind, name) == ("incompatible", "?") else "safe"
-                yield Entry(called, "feature", disk(content), "qcow2", expected, damaged=True)
+                # With subclusters it is another disk, which QEMU reads without an error.
+                yield Entry(called, "feature", disk(content), "qcow2", expected, damaged=name != "subclusters")
 
 
 # What makes programs run, or print, without end.
@@ -613,7 +617,6 @@ def _crowded() -> bytes:
 
 def _floods() -> Iterator[Entry]:
     yield Entry(ENDLESS, "flood", disk(_endless), "qcow2", damaged=True)
-    yield Entry(f"raw with {ENDLESS}", "flood", disk(_endless), "raw")
     yield Entry("qcow2 with 65536 snapshots", "flood", disk(_crowded), "qcow2", damaged=True)
 
 
