@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tables of faults do to a disk: each verb on each kind of disk, and what has to be true afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+from typing import Any, Optional
+
+from functional import images
+from imgprealloc import DiskImage
+from imgprealloc import Preallocator
+
+KiB, MiB = 1 << 10, 1 << 20
+
+SIZE = 4 * MiB
+GROWN = 6 * MiB
+NEW_SIZE = 5 * MiB
+
+BASE_SIZE = 2 * MiB
+
+# The names of files beside a disk that a verb is at work on.
+TEMPORARY = ".{}.imgprealloc"
+ZEROS = ".{}.imgprealloc-zeros"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One thing that is done to a disk.
+
+    :param disk: the kind of disk that is there before, or None where it is made
+    :param format: its format
+    :param size: what its virtual size is asked to be afterwards
+    :param act: does it, to a path
+    :param command: the arguments of the command line that does the same, before the path
+    :param overlay: whether the disk has a backing file afterwards
+    """
+
+    name: str
+    disk: Optional[str]
+    format: str
+    size: int
+    act: Callable[[Preallocator, str], DiskImage]
+    command: tuple[str, ...]
+    overlay: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def argv(self, path: object) -> list[str]:
+        """Return the arguments of the command line for a disk."""
+        sizes = [str(self.size)] if self.command[0] in ("create", "resize") else []
+        return [*self.command, "--disk-format", self.format, str(path), *sizes]
+
+
+class Disks:
+    """A disk of each kind, made once and copied for each use, in a folder with their base.
+
+    :param folder: where they are made; the base stays there
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.base = images.random_file(folder / "base", BASE_SIZE)
+        self._made = folder
+        for name in ("used", "blank"):
+            images.qcow2(folder / name, SIZE, backing=self.base)
+        images.qemu_io(folder / "used", "write -P 0x5a 1M 300k", "write -P 0xa5 3M 64k")
+        images.random_file(folder / "raw", MiB)
+        os.truncate(folder / "raw", SIZE)
+        self._contents = {name: content(folder / name, format) for name, format in _FORMATS.items()}
+        self._contents[""] = content(self.base, "raw")
+
+    def put(self, kind: str, path: pathlib.Path) -> None:
+        """Put a fresh disk of a kind at a path."""
+        path.unlink(missing_ok=True)
+        shutil.copyfile(self._made / kind, path)
+        path.chmod(0o644)
+
+    def made(self, kind: str) -> pathlib.Path:
+        """Return the disk of a kind that is copied."""
+        return self._made / kind
+
+    def verbs(self) -> tuple[Verb, ...]:
+        """Return what can be done."""
+        base = str(self.base)
+        backing = ("--backing", base, "--backing-format", "raw")
+        return (
+            Verb("reserve", "used", "qcow2", SIZE, _preallocate("reserve", "qcow2"), ("allocate",)),
+            Verb("rewrite", "used", "qcow2", SIZE, _preallocate("rewrite", "qcow2"), ("allocate", "--rewrite")),
+            Verb("recreate", "blank", "qcow2", SIZE, _preallocate("recreate_blank", "qcow2"), ("allocate",)),
+            Verb("fill", "raw", "raw", SIZE, _preallocate("reserve", "raw"), ("allocate",)),
+            Verb("grow", "used", "qcow2", GROWN, lambda by, path: by.resize(path, GROWN, format="qcow2"), ("resize",)),
+            Verb("grow_raw", "raw", "raw", GROWN, lambda by, path: by.resize(path, GROWN, format="raw"), ("resize",)),
+            Verb(
+                "create", None, "qcow2", NEW_SIZE, lambda by, path: by.create(path, NEW_SIZE), ("create",),
+                overlay=False,
+            ),
+            Verb(
+                "create_overlay", None, "qcow2", NEW_SIZE,
+                lambda by, path: by.create(path, NEW_SIZE, base, backing_format="raw"), ("create", *backing),
+            ),
+            Verb(
+                "create_raw", None, "raw", NEW_SIZE, lambda by, path: by.create(path, NEW_SIZE, format="raw"),
+                ("create",), overlay=False,
+            ),
+        )  # fmt: skip
+
+    def prepare(self, verb: Verb, path: pathlib.Path) -> None:
+        """Put at path what is there before a verb."""
+        path.unlink(missing_ok=True)
+        if verb.disk is not None:
+            self.put(verb.disk, path)
+
+    def require_kept(self, verb: Verb, path: pathlib.Path) -> None:
+        """Require that what was there before a verb reads the same, whether it is grown or not."""
+        if verb.disk is None:
+            return
+        assert path.is_file(), "the disk is gone"
+        assert content(path, verb.format) == self._contents[verb.disk], "the disk reads different"
+        require_sound(path, verb.format)
+
+    def require_done(self, verb: Verb, path: pathlib.Path) -> None:
+        """Require that a disk is what a verb was asked for, by QEMU's own word."""
+        self.require_kept(verb, path)
+        assert path.is_file(), "there is no disk"
+        found = images.info(path, verb.format)
+        assert found["virtual-size"] == verb.size, f"its virtual size is {found['virtual-size']}"
+        if verb.format == "qcow2" and verb.overlay:
+            named = found.get("backing-filename"), found.get("backing-filename-format")
+            assert named == (str(self.base), "raw"), f"its backing file is {named}"
+        elif verb.format == "qcow2":
+            assert "backing-filename" not in found, "it has a backing file"
+        if verb.disk is None:
+            expected = self._contents[""] if verb.overlay else _trimmed(b"")
+            assert content(path, verb.format) == expected, "a new disk reads different from its base"
+            require_sound(path, verb.format)
+
+
+_FORMATS = {"used": "qcow2", "blank": "qcow2", "raw": "raw"}
+
+
+def _preallocate(existing: str, format: str) -> Callable[[Preallocator, str], DiskImage]:
+    def act(by: Preallocator, path: str) -> DiskImage:
+        preallocate: Any = by.preallocate
+        found: DiskImage = preallocate(path, existing, format=format)
+        return found
+
+    return act
+
+
+def content(path: pathlib.Path, format: str) -> str:
+    """Hash what a guest reads, without the zeros at the end, by which a disk may have grown."""
+    if format == "raw":
+        return _trimmed(path.read_bytes())
+    target = path.with_name(f"{path.name}.read")
+    try:
+        images.run("qemu-img", "convert", "-f", format, "-O", "raw", path, target)
+        return _trimmed(target.read_bytes())
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def _trimmed(read: bytes) -> str:
+    return hashlib.sha256(read.rstrip(b"\0")).hexdigest()
+
+
+def require_sound(path: pathlib.Path, format: str) -> None:
+    """Require that qemu-img check finds nothing worse than leaked clusters."""
+    if format != "qcow2":
+        return
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", "--output=json", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 3), f"qemu-img check: {done.stdout}{done.stderr}"
+    assert not json.loads(done.stdout).get("corruptions"), done.stdout
