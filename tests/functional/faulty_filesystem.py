@@ -97,14 +97,17 @@ class FaultyFilesystem:
 
 
 @contextlib.contextmanager
-def mounted(below: pathlib.Path) -> Iterator[FaultyFilesystem]:
+def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Iterator[FaultyFilesystem]:
     """Mount one over a folder, and unmount it afterwards.
 
     :param below: an empty folder on a filesystem that has what is handed through
+    :param mount_point: an empty folder, if it matters which
     """
     with tempfile.TemporaryDirectory(prefix="imgprealloc-fuse-") as scratch:
-        mount_point, control = os.path.join(scratch, "mnt"), os.path.join(scratch, "control")
-        os.mkdir(mount_point)
+        control = os.path.join(scratch, "control")
+        if mount_point is None:
+            mount_point = pathlib.Path(scratch, "mnt")
+            mount_point.mkdir()
         with open(os.path.join(scratch, "log"), "w+") as log:
             process = subprocess.Popen(
                 [sys.executable, __file__, below, mount_point, control], stdin=subprocess.DEVNULL, stdout=log,
@@ -117,7 +120,7 @@ def mounted(below: pathlib.Path) -> Iterator[FaultyFilesystem]:
                         log.seek(0)
                         raise RuntimeError(f"the FUSE filesystem is not there: {log.read()}")
                     time.sleep(0.02)
-                yield FaultyFilesystem(below, pathlib.Path(mount_point), control)
+                yield FaultyFilesystem(below, mount_point, control)
             finally:
                 subprocess.run(["umount", "-l", mount_point], check=False, stderr=subprocess.DEVNULL)
                 try:

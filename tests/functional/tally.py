@@ -25,7 +25,9 @@ class Tally:
         try:
             yield
         except AssertionError as exc:
-            self.lost.append(f"{' '.join(map(str, told))}: {exc}")
+            # What pytest adds to the assertion's own words would fill pages.
+            words = str(exc).splitlines() or ["it does not hold"]
+            self.lost.append(f"{' '.join(map(str, told))}: {words[0]}")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the counts after pytest's own."""
