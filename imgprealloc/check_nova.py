@@ -74,9 +74,10 @@ def check(config_files: list[str]) -> Iterator[Finding]:
         return
     yield Finding("configuration", True, ", ".join(conf.config_file or ["no file: all defaults"]))
     # Not earlier: see the module.
+    from imgprealloc import seams
     import imgprealloc.nova as integration
 
-    for seam in integration.seams():
+    for seam in seams.compared():
         yield Finding(seam.name, seam.fault is None, seam.fault or "as expected")
     yield _driver(conf, integration)
     yield _switch(conf, integration)

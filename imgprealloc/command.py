@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one place that starts a program and turns its failure into our errors.
 
-What the programs are and what they are asked is in qemu_img, fallocate and
-replacement.
+What the programs are and what they are asked is in qemu_img, fallocate, zeros
+and replacement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
+import ctypes
 import errno
+import fcntl
 import os
 import shutil
+import signal
+import subprocess
 
 from oslo_concurrency import processutils
+from oslo_utils import units
 
 from imgprealloc import exceptions
+from imgprealloc import os_errors
 
 # Neither qemu-img nor fallocate(1) tells these two by its exit status, and
 # both print strerror(3): under LC_ALL=C this is all that there is to go by.
@@ -27,30 +34,60 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 
+# Seconds for what takes a fraction of one: a filesystem may never answer, and
+# an image may name what does not.
+WALL_TIME = 600.0
+# Bytes a second, for what writes: ten times slower than the slowest of disks.
+SLOWEST = 4 * units.Mi
+# Seconds from the request to end to the end.
+_GRACE = 10
+
+# Of coreutils' timeout.
+_TIMED_OUT = 124
+_KILLED = 128 + signal.SIGKILL
+_NOT_STARTED = (126, 127)
+
+# What is kept of what a program prints. A check of an image that a guest has
+# made for it prints gigabytes.
+_MOST_PRINTED = units.Mi
+# Of that, what an error's text has room for.
+_MOST_TOLD = 2000
+
+_PR_SET_PDEATHSIG = 1
+# Found now, because nothing may be imported between fork(2) and execve(2).
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
 
 def run(
     path: str,
     *argv: str,
     limits: processutils.ProcessLimits | None = None,
     exit_codes: Sequence[int] = (0,),
+    work: int = 0,
     meanwhile: Callable[[], object] | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
+
+    It ends with this process, however that ends, and with an exception that is
+    raised here, as by a signal's handler.
 
     :param path: the disk, for the error's text
     :param argv: all paths in it absolute, because it is run in /: Python would
         import modules from the folder that it is started in
     :param limits: oslo.concurrency's ProcessLimits to run under
     :param exit_codes: the exit statuses that are no failure
+    :param work: bytes that it may have to write, which take their time
     :param meanwhile: called once the program has been started, without a
-        thread, which eventlet may never wake again; what the program prints
-        has to fit into a pipe until it returns
-    :raises: NoSpace, QemuImgMissing, QemuImgKilled, CommandFailed, and what
+        thread, which eventlet may never wake again
+    :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
         meanwhile raises
     """
     raised: list[Exception] = []
+    started: list[subprocess.Popen[bytes]] = []
+    seconds = WALL_TIME + work / SLOWEST
 
-    def started(_: object) -> None:
+    def begin(process: subprocess.Popen[bytes]) -> None:
+        started.append(process)
         try:
             if meanwhile is not None:
                 meanwhile()
@@ -58,50 +95,121 @@ def run(
             # Not before the program has ended.
             raised.append(exc)
 
-    try:
-        stdout, _ = processutils.execute(
-            *argv,
-            check_exit_code=list(exit_codes),
-            cwd="/",
-            env_variables={**os.environ, **_ENVIRONMENT},
-            prlimit=limits,
-            on_execute=started,
-        )
-    except OSError as exc:
-        if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+    with _Printed() as printed:
+        try:
+            # coreutils' timeout, because oslo.concurrency's own came late and leaves the program running.
+            piped, _ = processutils.execute(
+                "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *argv,
+                check_exit_code=list(exit_codes),
+                cwd="/",
+                env_variables={**os.environ, **_ENVIRONMENT},
+                prlimit=limits,
+                on_execute=begin,
+                preexec_fn=printed.take_over,
+            )  # fmt: skip
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+                raise
+            raise _missing(path, "timeout", exc.strerror or str(exc)) from exc
+        except processutils.ProcessExecutionError as exc:
+            if raised:
+                raise raised[0] from None
+            raise _failure(path, argv, limits, seconds, exc, printed) from exc
+        except BaseException:
+            for process in started:
+                _end(process)
             raise
-        raise exceptions.QemuImgMissing(
-            path,
-            f"{argv[0]} could not be started: {exc.strerror}",
-            f"Install {argv[0]} (Debian: qemu-utils, util-linux, coreutils).",
-        ) from exc
-    except processutils.ProcessExecutionError as exc:
         if raised:
-            raise raised[0] from None
-        raise _failure(path, argv, limits, exc) from exc
-    if raised:
-        raise raised[0]
-    return str(stdout)
+            raise raised[0]
+        # Nothing comes through a pipe from a program that is really run.
+        return str(piped) + printed.stdout
+
+
+class _Printed:
+    """What a program prints, as far as it is kept: files in memory that cannot grow."""
+
+    def __enter__(self) -> _Printed:
+        self._files = [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in ("stdout", "stderr")]
+        for fd in self._files:
+            os.truncate(fd, _MOST_PRINTED)
+            # What would go beyond is refused, and programs do not care.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._files:
+            os.close(fd)
+
+    def take_over(self) -> None:
+        """Put the files in the place of the pipes; called in the new process."""
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        for fd, standard in zip(self._files, (1, 2)):
+            os.dup2(fd, standard)
+
+    @property
+    def stdout(self) -> str:
+        return self._read(self._files[0])
+
+    @property
+    def stderr(self) -> str:
+        return self._read(self._files[1])
+
+    @staticmethod
+    def _read(fd: int) -> str:
+        # The program's position is ours.
+        return os.fsdecode(os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), _MOST_PRINTED), 0))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a program that nobody waits for any more."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        process.wait(2 * _GRACE)
+    except subprocess.TimeoutExpired:
+        # It hangs in the kernel; it ends as soon as that lets it.
+        process.kill()
+
+
+def _missing(path: str, program: str, said: str) -> exceptions.ProgramMissing:
+    return exceptions.ProgramMissing(
+        path,
+        f"{program} could not be started: {said}",
+        f"Install {program} (Debian: qemu-utils, util-linux, coreutils).",
+        program,
+    )
 
 
 def _failure(
     path: str,
     argv: Sequence[str],
     limits: processutils.ProcessLimits | None,
+    seconds: float,
     exc: processutils.ProcessExecutionError,
+    printed: _Printed,
 ) -> exceptions.PreallocationError:
-    said = (exc.stderr or "").strip()
+    stderr = (exc.stderr or "") + printed.stderr
+    said = os_errors.shown(stderr.strip())
+    if len(said) > _MOST_TOLD:
+        # Programs say what is wrong at the end.
+        said = f"... {said[-_MOST_TOLD:]}"
     status = int(exc.exit_code or 0)
+    name = " ".join(argv[:2])
     # Under limits the program is started by oslo.concurrency's wrapper, which
-    # ends with 1 where the program is missing, as the program itself might.
-    if limits is not None and shutil.which(argv[0]) is None:
-        return exceptions.QemuImgMissing(
-            path, f"{argv[0]} could not be started: {said}", f"Install {argv[0]} (Debian: qemu-utils)."
+    # ends with 1 where timeout is missing, as the program itself might.
+    for program in ("timeout", argv[0]):
+        if (status in _NOT_STARTED or (limits is not None and status == 1)) and shutil.which(program) is None:
+            return _missing(path, program, said)
+    if status in (_TIMED_OUT, _KILLED):
+        return exceptions.ProgramKilled(
+            path,
+            f"{name} was ended, because it was not done after {seconds:.0f} s",
+            "See whether the filesystem answers, then try again.",
         )
     if limits is not None and status < 0:
-        return exceptions.QemuImgKilled(
+        return exceptions.ProgramKilled(
             path,
-            f"{' '.join(argv[:2])} was ended by signal {-status} under its limits of "
+            f"{name} was ended by signal {-status} under its limits of "
             f"{limits.cpu_time} s of CPU time and {limits.address_space} bytes of memory",
             "The image may be damaged or made to exhaust the host; look at it on another machine.",
         )
@@ -112,10 +220,10 @@ def _failure(
         remedy = "Free space on the filesystem or raise the quota, or build on another host."
     return failed(
         path,
-        f"{' '.join(argv[:2])} failed with status {status}: {said}",
+        f"{name} failed with status {status}: {said}",
         remedy,
         cmd=str(exc.cmd),
         exit_code=status,
-        stdout=exc.stdout,
-        stderr=exc.stderr,
+        stdout=(str(exc.stdout or "") + printed.stdout)[:_MOST_TOLD],
+        stderr=said,
     )

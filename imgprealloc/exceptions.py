@@ -7,7 +7,6 @@ Every error names the disk, says what was found, and tells the way out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import os
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -21,9 +20,9 @@ class PreallocationError(Exception):
     :param remedy: what to do next, as a sentence
     """
 
-    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
         super().__init__(path, reason, remedy)
-        self.path = os.fspath(path)
+        self.path = path
         self.reason = reason
         self.remedy = remedy
 
@@ -37,6 +36,14 @@ class DiskNotFound(PreallocationError):
 
 class DiskExists(PreallocationError):
     """A file is in the way of a disk that was to be created."""
+
+
+class DiskIsLink(PreallocationError):
+    """The disk is a link, or has a second name, and would have to be replaced."""
+
+
+class FileInTheWay(PreallocationError):
+    """Somebody's file has the name that our temporary file beside the disk would have."""
 
 
 class InvalidSize(PreallocationError):
@@ -55,7 +62,7 @@ class FileError(PreallocationError):
 
 
 class ImageInUse(PreallocationError):
-    """Another process has the image open for writing, or is replacing it."""
+    """Another process has the image open, or is replacing it."""
 
 
 class UnsupportedFormat(PreallocationError):
@@ -66,6 +73,17 @@ class FormatMismatch(UnsupportedFormat):
     """The file is not in the format that the caller named."""
 
 
+class FormatNotCertain(PreallocationError):
+    """The format is known by nobody's word, and the disk would have to be changed under a guess.
+
+    :param guess: the format that its first bytes look like
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str, guess: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.guess = guess
+
+
 class BrokenImage(PreallocationError):
     """qemu-img finds the image corrupt, or says something unreadable of it."""
 
@@ -74,19 +92,27 @@ class UnsupportedFilesystem(PreallocationError):
     """The filesystem cannot hold space, and on_unsupported is "error"."""
 
 
-class QemuImgMissing(PreallocationError):
-    """qemu-img, or another program that is needed, is not installed."""
+class ProgramMissing(PreallocationError):
+    """qemu-img, or another program that is needed, is not installed.
+
+    :param program: its name
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str, program: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.program = program
 
 
 class QemuImgTooOld(PreallocationError):
     """This qemu-img cannot do what was asked."""
 
 
-class QemuImgKilled(PreallocationError):
-    """qemu-img reached its limit of CPU time or memory.
+class ProgramKilled(PreallocationError):
+    """A program reached its limit of time or memory.
 
     An image that a guest has written can be made so that reading it takes
-    forever (CVE-2015-5162); the limits are there for that.
+    forever (CVE-2015-5162), and a filesystem may never answer; the limits are
+    there for that.
     """
 
 

@@ -7,10 +7,12 @@ Apart from imgprealloc.nova because nova-api has no use for a libvirt driver.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from nova.api.validation.extra_specs import base
 
 from imgprealloc import opts
-from imgprealloc import terms
+from imgprealloc import settings
 
 
 def register() -> list[base.ExtraSpecValidator]:
@@ -22,7 +24,7 @@ def register() -> list[base.ExtraSpecValidator]:
             value={
                 "type": str,
                 "description": "A preallocation mode of qemu-img.",
-                "enum": list(terms.MODES),
+                "enum": list(get_args(settings.Mode)),
             },
         )
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Space inside a file: fallocate(1), the kernel's extent map, and zeros.
+"""Space inside a file: fallocate(1) and the kernel's extent map. What is written into it is in zeros.
 
 Calls that may take long run in a process of their own: under eventlet a
 system call in ours would stop every other thread of nova-compute.
@@ -8,6 +8,7 @@ system call in ours would stop every other thread of nova-compute.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence
 import ctypes
 import dataclasses
 import errno
@@ -19,8 +20,6 @@ import sys
 from oslo_utils import units
 
 from imgprealloc import command
-from imgprealloc import exceptions
-from imgprealloc import lock
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
@@ -37,6 +36,8 @@ _EXTENTS_A_CALL = 512
 
 # A process each.
 _MOST_GAPS = 500
+# A command line ends at 2 MiB.
+_STRETCHES_A_CALL = 1000
 
 # So small that it is done before a process of its own has started, which takes
 # 15 ms of a disk's 200: the holes that qemu-img leaves in its metadata.
@@ -58,28 +59,30 @@ class Extent:
         return self.start + self.length
 
 
-def reserve(path: str, start: int, length: int) -> None:
+def reserve(path: str, name: str, start: int, length: int) -> None:
     """Set aside space for a stretch of a file, also past its end; fill holes only.
 
     Neither the file's length nor its content changes, so that it is safe while
     a guest runs.
 
+    :param path: the disk, for the error's text
+    :param name: by which a program opens it
     :raises: NoSpace, CommandFailed, OSError
     """
     if length <= AT_ONCE:
-        with open(path, "r+b") as file:
+        with open(name, "r+b") as file:
             _fallocate(file.fileno(), _KEEP_SIZE, start, length)
         return
-    command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), path)
+    command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length)
 
 
-def gaps(path: str, start: int, end: int) -> list[Extent]:
+def gaps(name: str, start: int, end: int) -> list[Extent]:
     """List what is not set aside between start and end, in no more than _MOST_GAPS pieces.
 
     For reserve(), because XFS wants as much free space as the whole range has,
     allocated already or not.
     """
-    found = extents(path)
+    found = extents(name)
     if found is None:
         return [Extent(start, end - start)]
     missing: list[Extent] = []
@@ -95,31 +98,20 @@ def gaps(path: str, start: int, end: int) -> list[Extent]:
     return [Extent(group[0].start, group[-1].end - group[0].start) for group in groups]
 
 
-def write_zeros(path: str) -> None:
-    """Write zeros over all that is a hole, or set aside but not written yet.
-
-    The process that writes keeps QEMU out itself, because it may outlive us:
-    zeros over what a guest has written meanwhile would destroy that.
-
-    :raises: ImageInUse, NoSpace, CommandFailed
-    """
-    lock.refuse_writer(path)
-    if _holes(path):
-        command.run(path, sys.executable, "-m", __name__, "zeros", path)
-
-
-def unshare(path: str, shared: Iterable[Extent]) -> None:
+def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
     """Give the file its own copy of stretches that it shares with other files.
 
+    :param path: the disk, for the error's text
+    :param name: by which a program opens it
     :raises: NoSpace, CommandFailed
     """
     stretches = [f"{extent.start}:{extent.length}" for extent in shared]
-    # In batches, because a command line ends at 128 KiB a word and 2 MiB.
-    for first in range(0, len(stretches), 1000):
-        command.run(path, sys.executable, "-m", __name__, "unshare", path, *stretches[first : first + 1000])
+    for first in range(0, len(stretches), _STRETCHES_A_CALL):
+        batch = stretches[first : first + _STRETCHES_A_CALL]
+        command.run(path, sys.executable, "-m", __name__, name, *batch, work=sum(extent.length for extent in shared))
 
 
-def extents(path: str) -> list[Extent] | None:
+def extents(name: str) -> list[Extent] | None:
     """Return what the filesystem has set aside for a file, also past its end.
 
     In as few pieces as can be told apart: a guest that writes in random order
@@ -127,7 +119,7 @@ def extents(path: str) -> list[Extent] | None:
 
     :returns: None where the filesystem cannot tell (tmpfs, NFS)
     """
-    with open(path, "rb") as file:
+    with open(name, "rb") as file:
         try:
             return _fiemap(file.fileno())
         except OSError as exc:
@@ -168,28 +160,6 @@ def held(found: Iterable[Extent], end: int) -> int:
     return sum(max(0, min(extent.end, end) - extent.start) for extent in found)
 
 
-def _holes(path: str) -> list[Extent]:
-    """List what reads as zeros without having been written.
-
-    By lseek(2) and not by the extent map, which calls data unwritten that is
-    still in the page cache: zeros over that would destroy it.
-    """
-    found: list[Extent] = []
-    with open(path, "rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        start = os.lseek(file.fileno(), 0, os.SEEK_HOLE) if end else end
-        while start < end:
-            try:
-                data = os.lseek(file.fileno(), start, os.SEEK_DATA)
-            except OSError as exc:
-                if exc.errno != errno.ENXIO:
-                    raise
-                data = end
-            found.append(Extent(start, data - start))
-            start = os.lseek(file.fileno(), data, os.SEEK_HOLE) if data < end else end
-    return found
-
-
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
@@ -214,29 +184,18 @@ def supported(fd: int, length: int) -> bool:
     return os.fstat(fd).st_blocks * 512 >= length
 
 
-def _unshare(path: str, *stretches: str) -> None:
-    with open(path, "r+b") as file:
+def _unshare(name: str, *stretches: str) -> None:
+    with open(name, "r+b") as file:
         for stretch in stretches:
             start, length = map(int, stretch.split(":"))
             _fallocate(file.fileno(), _UNSHARE_RANGE, start, length)
 
 
-def _write_zeros(path: str) -> None:
-    zeros = bytes(units.Mi)
-    with lock.no_writer(path), open(path, "r+b", buffering=0) as file:
-        for hole in _holes(path):
-            file.seek(hole.start)
-            left = hole.length
-            while left:
-                left -= file.write(zeros[: min(left, len(zeros))]) or 0
-        os.fdatasync(file.fileno())
-
-
-def _main(verb: str, path: str, *stretches: str) -> int:
-    """Do what would take too long in the caller's process; the other end of unshare() and write_zeros()."""
+def _main(name: str, *stretches: str) -> int:
+    """Do what would take too long in the caller's process; the other end of unshare()."""
     try:
-        {"unshare": _unshare, "zeros": _write_zeros}[verb](path, *stretches)
-    except (OSError, exceptions.PreallocationError) as exc:
+        _unshare(name, *stretches)
+    except OSError as exc:
         print(exc, file=sys.stderr)
         return 1
     return 0

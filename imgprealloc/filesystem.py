@@ -20,6 +20,8 @@ from imgprealloc import fallocate
 _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs", "zfs"})
 _WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 
+_REMOTE = frozenset({"9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre", "nfs", "nfs4", "ocfs2", "smb3"})
+
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_NOCOW_FL = 0x00800000
 
@@ -53,16 +55,16 @@ def under(directory: str) -> Filesystem:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         can = True
-    kind = _type(directory)
+    kind = type_of(directory)
     return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, kind in _COPY_ON_WRITE)
 
 
-def copies_on_write(path: str) -> bool:
+def copies_on_write(name: str) -> bool:
     """Whether each overwrite of this file takes new space."""
-    if _type(path) not in _COPY_ON_WRITE:
+    if type_of(name) not in _COPY_ON_WRITE:
         return False
     flags = array.array("l", [0])
-    with open(path, "rb") as file:
+    with open(name, "rb") as file:
         try:
             fcntl.ioctl(file.fileno(), _FS_IOC_GETFLAGS, flags)
         except OSError:
@@ -77,7 +79,12 @@ def available(directory: str) -> int:
     return blocks * space.f_frsize
 
 
-def _type(path: str) -> str:
+def is_remote(path: str) -> bool:
+    """Whether other hosts may have the file at path open, of which this one's kernel knows nothing."""
+    return type_of(path).partition(".")[0] in _REMOTE
+
+
+def type_of(path: str) -> str:
     """Return the type of the filesystem that holds path, by its mount point."""
     mounts: dict[str, str] = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
     directory = os.path.realpath(path)

@@ -4,7 +4,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
+import os
+from typing import Literal, Optional
+
+State = Literal["thin", "reserved", "mapped", "preallocated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStamp:
+    """What changes in a file's inode when the file is replaced or written: two that are equal are of one content.
+
+    :param size: bytes
+    :param modified: mtime in nanoseconds
+    :param changed: ctime in nanoseconds, which nobody can set back
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def from_stat(cls, status: os.stat_result) -> FileStamp:
+        """Take a stamp from what stat(2) says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +54,10 @@ class DiskImage:
     :param mapped_clusters: those that a write need not allocate
     :param fragmented_clusters: those that do not follow their predecessor
     :param compressed_clusters: those that move when they are written
+    :param leaked_clusters: those that are in use by nothing: of a crash, or
+        because the table that points to them cannot be found any more
     :param image_end: where the last cluster in use ends
-    :param modified: the file's mtime in nanoseconds
+    :param stamp: the file that was read, for whoever is about to replace it
     :param snapshots: internal snapshots, each of which makes mapped clusters
         copy on write again
     """
@@ -45,17 +71,17 @@ class DiskImage:
     held_size: int
     shared_bytes: int
     copy_on_write: bool
-    modified: int
+    stamp: FileStamp
     in_use: bool = False
     backing_file: Optional[str] = None
     backing_format: Optional[str] = None
-    full_backing_file: Optional[str] = None
     cluster_size: Optional[int] = None
     extended_l2: bool = False
     clusters: Optional[int] = None
     mapped_clusters: Optional[int] = None
     fragmented_clusters: Optional[int] = None
     compressed_clusters: int = 0
+    leaked_clusters: int = 0
     image_end: int = 0
     snapshots: int = 0
     bitmaps: int = 0
@@ -71,11 +97,8 @@ class DiskImage:
         return self.shortfall == 0
 
     @property
-    def state(self) -> str:
-        """One of thin, reserved, mapped, preallocated.
-
-        raw has no map, and so is thin or preallocated.
-        """
+    def state(self) -> State:
+        """What the disk is; raw has no map, and so is thin or preallocated."""
         if self.mapped:
             if self.held:
                 return "preallocated"
@@ -88,3 +111,10 @@ class DiskImage:
         if self.copy_on_write:
             return self.worst_case_size
         return self.worst_case_size - self.held_size + self.shared_bytes
+
+    @property
+    def has_stray_bytes(self) -> bool:
+        """Whether a file with a cluster map goes on after its image's last cluster."""
+        return self.cluster_size is not None and self.file_size > -(-self.image_end // self.cluster_size) * (
+            self.cluster_size
+        )

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's lock on an image file, as far as we look at it and take part in it.
+"""Whether a disk's file is in use, and how others are kept from it. The only place that asks.
 
 QEMU locks single bytes of an image with F_OFD_SETLK (block/file-posix.c,
 RAW_LOCK_PERM_BASE): byte 100 + n says "I use permission n", byte 200 + n
 says "nobody else may use permission n". Permission 1 is writing, 3 is
 resizing. Where a filesystem has no such locks, QEMU does without, and so do we.
+
+Not all users set them: a guest that is being restored has its disk open
+already, and a loop device never tells. A write lease (F_SETLEASE) is refused by
+the kernel while anybody else has the file open, whoever that is.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import struct
+import time
 
 from imgprealloc import exceptions
+from imgprealloc import filesystem
 
 _WRITES, _RESIZES = 101, 103
 _NO_WRITER, _NO_RESIZER = 201, 203
@@ -25,6 +32,10 @@ _OURS = 300
 
 _FLOCK = struct.Struct("hhqqi4x")
 _NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+
+# Somebody's qemu-img info, or a look of ours in another thread, is over by then.
+_ATTEMPTS = 5
+_PAUSE = 0.1
 
 
 def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
@@ -38,44 +49,63 @@ def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
     return int(_FLOCK.unpack(answer)[0])
 
 
+def _is_locked(fd: int, *bytes_: int) -> bool:
+    return any(_fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK for byte in bytes_)
+
+
 def has_writer(fd: int) -> bool:
     """Whether QEMU has an open file open for writing too."""
-    return any(_fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK for byte in (_WRITES, _RESIZES))
+    return _is_locked(fd, _WRITES, _RESIZES)
 
 
-def in_use(path: str) -> bool:
-    """Whether QEMU has the image open for writing."""
-    with open(path, "rb") as file:
-        return has_writer(file.fileno())
+def refuse_users(path: str, fd: int) -> None:
+    """Refuse a disk that may not be written to, grown or replaced, because somebody else has it open.
 
-
-def refuse_writer(path: str) -> None:
-    """Refuse an image that QEMU has open for writing.
-
+    :param path: the disk, for the error's text
+    :param fd: the only descriptor of it that this process has
     :raises: ImageInUse
     """
-    with open(path, "rb") as file:
-        _refuse_writer(path, file.fileno())
-
-
-def _refuse_writer(path: str, fd: int) -> None:
-    if has_writer(fd):
-        raise exceptions.ImageInUse(path, "QEMU has the image open for writing", "Stop the instance, then try again.")
+    _refuse_qemu(path, fd)
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)
+        if not _is_open_elsewhere(fd):
+            return
+    raise exceptions.ImageInUse(
+        path,
+        "another program, or a loop device, has the file open",
+        f"fuser -v {path}, or losetup --list, tells which; end that, then try again.",
+    )
 
 
 @contextlib.contextmanager
-def no_writer(path: str) -> Iterator[None]:
+def no_writer(path: str, fd: int) -> Iterator[None]:
     """Keep QEMU from opening an image for writing, while it is copied or replaced.
 
-    :raises: ImageInUse
+    :raises: ImageInUse where QEMU itself could not get permission to write to
+        the image and to resize it
     """
-    with open(path, "rb") as file:
-        # First forbid, then look, as QEMU does: of two that come at once, at
-        # least one sees the other.
-        for byte in (_NO_WRITER, _NO_RESIZER):
-            _fcntl(file.fileno(), fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
-        _refuse_writer(path, file.fileno())
+    # First forbid, then look, as QEMU does: of two that come at once, at
+    # least one sees the other.
+    for byte in (_NO_WRITER, _NO_RESIZER):
+        _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
+    try:
+        _refuse_qemu(path, fd)
         yield
+    finally:
+        for byte in (_NO_WRITER, _NO_RESIZER):
+            _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
+
+def _refuse_qemu(path: str, fd: int) -> None:
+    if has_writer(fd):
+        raise exceptions.ImageInUse(path, "QEMU has the image open for writing", "Stop the instance, then try again.")
+    if _is_locked(fd, _NO_WRITER, _NO_RESIZER):
+        raise exceptions.ImageInUse(
+            path,
+            "QEMU has the image open, and lets nobody write to it; a running instance's snapshot may stand on it",
+            "Stop the instance that uses it, then try again.",
+        )
 
 
 def try_exclusive(fd: int) -> bool:
@@ -87,3 +117,31 @@ def try_exclusive(fd: int) -> bool:
             return False
         raise
     return True
+
+
+def is_exclusive(fd: int) -> bool:
+    """Whether another imgprealloc has that lock."""
+    return _is_locked(fd, _OURS)
+
+
+def _is_open_elsewhere(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as exc:
+        # NFS answers so where its server has given it no delegation.
+        if exc.errno == errno.EAGAIN and not filesystem.is_remote(f"/proc/self/fd/{fd}"):
+            return True
+        # Another's file, or a filesystem without leases: nobody tells.
+        return _backs_loop_device(fd)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def _backs_loop_device(fd: int) -> bool:
+    status = os.fstat(fd)
+    for attribute in glob.glob("/sys/block/loop*/loop/backing_file"):
+        # A loop device may go away meanwhile, and its file have another name by now.
+        with contextlib.suppress(OSError), open(attribute, "rb") as file:
+            if os.path.samestat(status, os.stat(file.read().rstrip(b"\n"))):
+                return True
+    return False

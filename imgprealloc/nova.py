@@ -8,28 +8,30 @@ configuration, because imagebackend reads options as it is imported.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, get_args
 
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import utils as libvirt_utils
 from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_utils import fileutils
 from oslo_utils import strutils
 
-from imgprealloc import disk_info as nova_disk_info
 from imgprealloc import exceptions
-from imgprealloc import fallocate
-from imgprealloc import filesystem
+from imgprealloc import healing
+from imgprealloc import log
 from imgprealloc import opts
+from imgprealloc import presence
 from imgprealloc import qcow2_header
-from imgprealloc import terms
+from imgprealloc import record
+from imgprealloc import seams
+from imgprealloc import settings
+from imgprealloc.format import Existing
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
@@ -43,82 +45,13 @@ _INSTANCE_DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
 # virtio and SATA disks count in sectors of this many bytes.
 _SECTOR = 512
 
-# The states in which a guest's write needs no new space.
-_HELD = ("reserved", "preallocated")
-
 # What libvirt accepts beside io=native.
 _DIRECT_CACHE_MODES = ("none", "directsync")
-
-
-# What is overridden or called, and the parameters that it is called with. These
-# are the same from Nova 27 to 34.
-_SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-    (imagebackend.Flat, "__init__", ("self", "instance", "disk_name", "path", "disk_info_mapping")),
-    (imagebackend.Qcow2, "__init__", ("self", "instance", "disk_name", "path", "disk_info_mapping")),
-    *(
-        (backend, method, parameters)
-        for backend in (imagebackend.Flat, imagebackend.Qcow2)
-        for method, parameters in (
-            ("cache", ("self", "fetch_func", "filename", "size")),
-            ("exists", ("self",)),
-            ("get_disk_size", ("self", "name")),
-            ("libvirt_info", ("self", "cache_mode", "extra_specs")),
-            ("resize_image", ("self", "size")),
-            ("_can_fallocate", ("self",)),
-        )
-    ),
-    (imagebackend.Backend, "__init__", ("self", "use_cow")),
-    (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
-    (driver.LibvirtDriver, "_disk_raw_to_qcow2", ("path",)),
-    (driver.LibvirtDriver, "finish_migration", ("self", "context", "migration", "instance", "disk_info")),
-    (
-        driver.LibvirtDriver,
-        "_create_images_and_backing",
-        ("self", "context", "instance", "instance_dir", "disk_info", "fallback_from_host"),
-    ),
-    (
-        driver.LibvirtDriver,
-        "post_live_migration_at_destination",
-        ("self", "context", "instance", "network_info", "block_migration", "block_device_info"),
-    ),
-    (driver.LibvirtDriver, "_get_instance_disk_info", ("self", "instance", "block_device_info")),
-)
 
 
 # What is known of base images, by their names: the file (device, inode, length)
 # and its virtual size. A process that tells it takes 40 ms of a build's 300.
 _base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
-
-# The formats of the disks that finish_migration() is at work on, by their paths,
-# as the host that they come from has told them. Their own first bytes do not
-# count: a guest may have written a qcow2 header to a raw disk.
-_arriving_formats: dict[str, str] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Seam:
-    """A place in Nova that the integration depends on, and what is wrong with it, if anything."""
-
-    name: str
-    fault: Optional[str]
-
-
-def seams() -> list[Seam]:
-    """Compare each place in Nova that is overridden with what it has to be."""
-    found = []
-    for owner, method, wanted in _SEAMS:
-        name = f"{owner.__module__}.{owner.__name__}.{method}"
-        function = getattr(owner, method, None)
-        if function is None:
-            found.append(Seam(name, "it is missing"))
-            continue
-        parameters = tuple(inspect.signature(function).parameters)
-        fault = None if parameters[: len(wanted)] == wanted else f"its parameters are {', '.join(parameters)}"
-        found.append(Seam(name, fault))
-    semaphore = getattr(compute_utils, "disk_ops_semaphore", None)
-    fault = None if hasattr(semaphore, "__enter__") else "it is missing, or cannot be used in a with statement"
-    found.append(Seam("nova.compute.utils.disk_ops_semaphore", fault))
-    return found
 
 
 def is_on(conf: cfg.ConfigOpts = CONF) -> bool:
@@ -137,7 +70,7 @@ def preallocating(backends: dict[str, type]) -> dict[str, type]:
     :param backends: as nova.virt.libvirt.imagebackend.Backend makes it
     :raises: IncompatibleNova, oslo.config's errors for an option that is invalid
     """
-    faults = [f"{seam.name}: {seam.fault}" for seam in seams() if seam.fault]
+    faults = [f"{seam.name}: {seam.fault}" for seam in seams.compared() if seam.fault]
     if faults:
         raise exceptions.IncompatibleNova(faults)
     opts.register(CONF)
@@ -161,20 +94,20 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     ) -> None:
         """Remember what the disks are, and whose, while Nova looks after them and converts the raw ones."""
         formats = {info["path"]: info["type"] for info in json.loads(disk_info)} if is_on() else {}
-        _arriving_formats.update(formats)
         self._arriving[instance.uuid] = instance
         try:
-            super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
+            with record.told_by_source_host(formats):
+                super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
         finally:
             del self._arriving[instance.uuid]
-            for path in formats:
-                _arriving_formats.pop(path, None)
 
     def _disk_raw_to_qcow2(self, path: str) -> None:
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
-            _heal(path, "qcow2", self._arriving.get(os.path.basename(os.path.dirname(path))))
+            instance = self._arriving.get(os.path.basename(os.path.dirname(path)))
+            # Nova's own record stays at raw; it has just been converted by itself.
+            _heal(path, "qcow2", instance, existing=_existing_disks())
 
     def _create_images_and_backing(
         self, context: Any, instance: Any, instance_dir: str, disk_info: Any, fallback_from_host: str | None = None
@@ -184,12 +117,21 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         for info in disk_info or () if is_on() else ():
             path = os.path.join(instance_dir, os.path.basename(info["path"]))
             if not info["backing_file"] and _is_instance_disk(path):
-                alone[path] = (info, os.path.exists(path))
+                alone[path] = (info["type"], presence.was_absent(path))
         super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
-        for path, (info, existed) in alone.items():
-            # Stock Nova calls no fallocate for one that is there.
-            certain = not existed or _is_on_record(path, info["type"])
-            _heal(path, info["type"], instance, made=not existed, certain=certain)
+        for path, (format, is_new) in alone.items():
+            if not is_new:
+                # Stock Nova calls no fallocate for one that is there.
+                _heal(path, format, instance)
+                continue
+            try:
+                healing.preallocate_new(
+                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore
+                )  # fmt: skip
+            except exceptions.NoSpace:
+                raise
+            except exceptions.PreallocationError as exc:
+                log.warn_once("not preallocated", path, f"not preallocated: {exc}")
 
     def post_live_migration_at_destination(
         self,
@@ -211,100 +153,58 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
             return
         for info in disk_info:
             if _is_instance_disk(info["path"]):
-                _heal(info["path"], info["type"], instance, running=True)
-
-
-def _is_on_record(path: str, format: str) -> bool:
-    """Whether nothing that Nova has noted says that a disk may be of another format.
-
-    Nova takes all disks of its Qcow2 backend for qcow2, but a raw one may have
-    come from another host, or from before use_cow_images was set. One that
-    Nova has converted stays on record as raw.
-    """
-    return {_arriving_formats.get(path, format), nova_disk_info.format_of(path) or format} == {format}
+                strategy = healing.for_running_guest(_preallocator(instance))
+                healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
 
 
 def _is_instance_disk(path: str) -> bool:
     return bool(_INSTANCE_DISK.fullmatch(os.path.basename(path)))
 
 
-def _preallocator(instance: Any, *, running: bool = False) -> Preallocator:
+def _preallocator(instance: Any) -> Preallocator:
     """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
     extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
     mode = extra_specs.get(opts.MODE_EXTRA_SPEC)
-    if mode is not None and mode not in terms.MODES:
+    if mode is not None and mode not in get_args(settings.Mode):
         # Nova's API validates extra specs from its version 2.86 on, and an
         # instance keeps its flavor for life.
-        terms.warn_once(
-            opts.MODE_EXTRA_SPEC, f"a flavor has {mode!r}, which is no mode; [imgprealloc] mode is taken instead"
+        log.warn_once(
+            str(mode),
+            opts.MODE_EXTRA_SPEC,
+            f"a flavor has {mode!r}, which is no mode; [imgprealloc] mode is taken instead",
         )
         mode = None
-    strategy = opts.preallocator_from(CONF, mode)
-    if not running:
-        return strategy
-    # Zeros cannot be written where a guest may write, but space can be set aside.
-    return Preallocator(
-        "falloc" if strategy.mode == "full" else strategy.mode,
-        on_unsupported="metadata" if strategy.on_unsupported == "full" else strategy.on_unsupported,
-        overlay_cluster_size=strategy.overlay_cluster_size,
-    )
+    strategy = opts.preallocator_from(CONF)
+    return strategy if mode is None else strategy.with_mode(mode)
+
+
+def _existing_disks() -> Existing:
+    """Return what nova.conf lets happen to disks with data."""
+    return "rewrite" if CONF.imgprealloc.existing_disks == "rewrite" else "reserve"
 
 
 def _heal(
-    path: str,
-    format: str,
-    instance: Any,
-    *,
-    running: bool = False,
-    made: bool = False,
-    certain: bool = True,
-    stock_length: int | None = None,
+    path: str, format: str, instance: Any, *, existing: Existing | None = None, stock_length: int | None = None
 ) -> None:
-    """Preallocate a disk, mostly one with data, if it can be done; a guest that can start has to start.
+    """Preallocate a disk that was there, as nova.conf and Nova's records of its format allow.
 
-    :param running: whether its guest writes to it meanwhile
-    :param made: whether Nova has only just made it, for this
-    :param certain: whether it is of this format for sure
+    :param existing: what may happen to it, where that is known
     :param stock_length: bytes that stock Nova would have called fallocate for
-    :raises: NoSpace for a disk just made, and where that fallocate would have
-        failed, too
+    :raises: NoSpace where that would have failed, too
     """
-    rewrite = CONF.imgprealloc.existing_disks == "rewrite" and not running
-    if rewrite and not certain:
-        terms.warn_once(path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)")
-        rewrite = False
-    strategy = _preallocator(instance, running=running)
-    try:
-        if not os.access(path, os.W_OK):
-            state = strategy.inspect(path, format=format).state
-            if state not in _HELD and strategy.mode != "metadata":
-                terms.warn_once(path, f"not preallocated: it is {state}, and not ours to write")
-            return
-        with compute_utils.disk_ops_semaphore:
-            strategy.preallocate(path, rewrite=rewrite, in_place=not (rewrite or made), format=format)
-    except exceptions.NoSpace as exc:
-        if made or _stock_would_fail(path, stock_length):
-            raise
-        terms.warn_once(path, f"not preallocated: {exc}")
-    except exceptions.PreallocationError as exc:
-        terms.warn_once(path, f"not preallocated: {exc}")
-    except Exception:
-        LOG.exception("%s: not preallocated", path)
-
-
-def _stock_would_fail(path: str, length: int | None) -> bool:
-    """Whether stock Nova's fallocate of length would have lacked space, too; not if it cannot be told."""
-    directory = os.path.dirname(path)
-    try:
-        # Nova, too, does without fallocate where there is none.
-        if not length or not filesystem.under(directory).fallocate:
-            return False
-        found = fallocate.extents(path)
-        held = os.stat(path).st_blocks * 512 if found is None else fallocate.held(found, length)
-        return length - held > filesystem.available(directory)
-    except Exception:
-        LOG.exception("%s: started without preallocation", path)
-        return False
+    if existing is None:
+        existing = _existing_disks()
+        if existing != "reserve" and not record.agrees(path, format):
+            # Nova takes all disks of its Qcow2 backend for qcow2, but a raw one
+            # may have come from another host, or from before use_cow_images was
+            # set. One that Nova has converted stays on record as raw.
+            log.warn_once(
+                "not on record", path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)"
+            )
+            existing = "reserve"
+    healing.heal(
+        _preallocator(instance), path, format, existing, compute_utils.disk_ops_semaphore, stock_length=stock_length
+    )
 
 
 if TYPE_CHECKING:
@@ -324,6 +224,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
         path: str | None = None,
         disk_info_mapping: Any = None,
     ) -> None:
+        if is_on():
+            # Before Nova notes, of a disk that it finds, what nova.conf says.
+            record.doubt(path or os.path.join(libvirt_utils.get_instance_path(instance), str(disk_name)))
         super().__init__(instance, disk_name, path, disk_info_mapping)
         self._instance = instance
         # Whether cache() has found the disk there already.
@@ -338,20 +241,26 @@ class _Preallocating(_Image):  # type: ignore[misc]
         if not self._is_ours:
             super().cache(fetch_func, filename, size, *args, **kwargs)
             return
-        self._existed = self.exists()
+        self._existed = not presence.was_absent(self.path)
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Not under the lock of the base image, on which all builds from that
         # image would wait.
         if self._existed:
             if not self._awaits_conversion():
-                certain = _is_on_record(self.path, self.driver_format)
-                _heal(self.path, self.driver_format, self._instance, certain=certain, stock_length=size)
+                _heal(self.path, self.driver_format, self._instance, stock_length=size)
         elif self.driver_format not in FORMATS:
             # A copy of an image that Nova was told to leave as it is.
-            terms.warn_once(self.path, f"not preallocated: its format is {self.driver_format}")
+            log.warn_once("format", self.path, f"not preallocated: its format is {self.driver_format}")
         else:
-            with compute_utils.disk_ops_semaphore, fileutils.remove_path_on_error(self.path):
-                self._preallocator().preallocate(self.path, rewrite=True, format=self.driver_format)
+            made = os.stat(self.path)
+            with fileutils.remove_path_on_error(self.path, lambda path: presence.remove_same(path, made)):
+                healing.preallocate_new(
+                    self._preallocator(), self.path, self.driver_format, compute_utils.disk_ops_semaphore
+                )
+
+    def exists(self) -> bool:
+        """Whether the disk is there; one that cannot be looked at is not made anew."""
+        return presence.is_there(self.path) if self._is_ours else bool(super().exists())
 
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
@@ -374,21 +283,29 @@ class _Preallocating(_Image):  # type: ignore[misc]
     def resize_image(self, size: int) -> None:
         """Grow the disk, the new part preallocated; called at each start, mostly for nothing."""
         is_qcow2 = self._is_ours and self.driver_format == "qcow2"
-        if is_qcow2 and _is_on_record(self.path, "qcow2") and not self._awaits_conversion():
-            if qcow2_header.virtual_size(self.path) >= size:
-                return
-            if self._existed:
-                self._grow(size)
+        if is_qcow2 and self._has_size(size):
+            return
+        if is_qcow2 and self._existed and record.agrees(self.path, "qcow2") and not self._awaits_conversion():
+            self._grow(size)
         super().resize_image(size)
+
+    def _has_size(self, size: int) -> bool:
+        """Whether a disk that is qcow2 for sure is large enough; Nova would ask qemu-img."""
+        if not record.agrees(self.path, "qcow2"):
+            return False
+        try:
+            return qcow2_header.virtual_size(self.path) >= size
+        except (exceptions.FormatMismatch, OSError):
+            return False
 
     def _awaits_conversion(self) -> bool:
         """Whether it is a raw disk, migrated to where qcow2 is used; Nova converts it after cache()."""
         if self.driver_format != "qcow2":
             return False
-        if _arriving_formats.get(self.path) == "raw":
+        if record.source_host_says(self.path) == "raw":
             return True
         try:
-            qcow2_header.require(self.path)
+            qcow2_header.virtual_size(self.path)
         except exceptions.FormatMismatch:
             return True
         except OSError:
@@ -402,9 +319,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             # filesystem inside, if it is told to.
             self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
         except exceptions.PreallocationError as exc:
-            if isinstance(exc, exceptions.NoSpace) and _stock_would_fail(self.path, size):
+            if isinstance(exc, exceptions.NoSpace) and healing.would_lack_space_in_stock_nova(self.path, size):
                 raise
-            terms.warn_once(self.path, f"grown without preallocation: {exc}")
+            log.warn_once("growth", self.path, f"grown without preallocation: {exc}")
 
     def _can_fallocate(self) -> bool:
         """Keep Nova's cache() from its own fallocate."""
@@ -419,7 +336,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         if not self._is_ours or not self.exists():
             return config
         state = self._state()
-        if state not in _HELD or cache_mode not in _DIRECT_CACHE_MODES:
+        if state not in healing.HELD or cache_mode not in _DIRECT_CACHE_MODES:
             # A write that has to allocate would stop QEMU's whole event loop.
             config.driver_io = None
         # Nova describes a guest before it looks after its disks, so that a thin
@@ -427,7 +344,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
         keeps = state != "thin" or self._preallocator().mode != "metadata"
         if keeps and config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard:
             config.driver_discard = "ignore"
-            terms.warn_once(
+            log.warn_once(
+                "ignored",
                 "[libvirt] hw_disk_discard = unmap",
                 "preallocated disks ignore it, because a TRIM would give their space back; "
                 "set [imgprealloc] protect_from_discard to change that",
@@ -450,6 +368,18 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
     Its growth needs nothing of ours where it is raw: Nova makes a hole, and
     the end of cache() fills it.
     """
+
+    def correct_format(self) -> None:
+        """Find out the format of a disk that is there, or may be."""
+        if not self._is_ours:
+            super().correct_format()
+        elif presence.is_there(self.path):
+            self.driver_format = self.resolve_driver_format()
+
+    def _get_driver_format(self) -> str:
+        """Return the format of a disk that has no note under this path; a note under another goes before a probe."""
+        noted = record.note(self.path).format if self._is_ours else None
+        return noted if noted is not None else str(super()._get_driver_format())
 
 
 class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]

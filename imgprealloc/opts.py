@@ -4,47 +4,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
 
 from oslo_config import cfg
 
-from imgprealloc import preallocator
+from imgprealloc import settings
+from imgprealloc.preallocator import Preallocator
 
 GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
 
 # A flavor's own mode.
 MODE_EXTRA_SPEC = "imgprealloc:mode"
 
-OPTIONS = (
-    cfg.StrOpt(
-        "mode",
-        default="falloc",
-        choices=[
-            ("falloc", "Map all clusters and set all space aside, without writing it. Takes seconds."),
-            ("full", "Map all clusters and write zeros to all space. Takes as long as writing the disk once; guests "
-             "write fastest afterwards, most of all on XFS."),
-            ("metadata", "Map all clusters and set nothing aside: the host can still run out of space."),
-        ],
-        help="""
-How instance disks are preallocated, in the words of qemu-img.
 
-Takes effect where ``preallocate_images`` in ``[DEFAULT]`` is ``space``. A
-flavor may choose its own mode with the extra spec ``imgprealloc:mode``.
-""",
-    ),
-    cfg.StrOpt(
-        "on_unsupported",
-        default="metadata",
-        choices=[
-            ("metadata", "Map all clusters, set nothing aside, and log a warning."),
-            ("full", "Write zeros instead."),
-            ("error", "Refuse to build the instance, so that another host is tried."),
-        ],
-        help="""
-What to do in mode ``falloc`` on a filesystem that cannot set space aside.
+def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
+    """Make an option of nova.conf of a setting."""
+    choices: Mapping[Any, str] = field.metadata["choices"]
+    kind = cfg.IntOpt if isinstance(field.default, int) else cfg.StrOpt
+    return kind(field.name, default=field.default, choices=list(choices.items()), help=field.metadata["help"])
 
-Among these are NFS before 4.2, ext2, ext3, and ZFS.
-""",
-    ),
+
+# What Nova alone asks for.
+_NOVA_OPTIONS = (
     cfg.StrOpt(
         "existing_disks",
         default="reserve",
@@ -57,7 +40,8 @@ Among these are NFS before 4.2, ext2, ext3, and ZFS.
 What to do with disks that have data in them and are not preallocated.
 
 These are the disks of instances that are older than this setting, and those
-that came from a host without it. Their content is never changed.
+that came from a host without it. Their content is never changed. A disk that
+Nova's records (disk.info) do not name as what it is taken for is not rewritten.
 """,
     ),
     cfg.BoolOpt(
@@ -70,19 +54,9 @@ With ``hw_disk_discard = unmap`` in ``[libvirt]`` a TRIM in the guest would free
 the space again. When this is true, disks whose space is held ignore it.
 """,
     ),
-    cfg.IntOpt(
-        "overlay_cluster_size",
-        default=preallocator.OVERLAY_CLUSTER_SIZE,
-        choices=[16 * 1024 << shift for shift in range(8)],
-        help="""
-Cluster size, in bytes, of the overlays that are made.
-
-A cluster has 32 subclusters, so that the default of 128 KiB lets a guest
-write 4 KiB without copying anything from the base image. Smaller clusters
-need more metadata; larger ones copy when a guest writes 4 KiB.
-""",
-    ),
 )  # fmt: skip
+
+OPTIONS = (*map(_option, settings.fields()), *_NOVA_OPTIONS)
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -105,14 +79,6 @@ def validate(conf: cfg.ConfigOpts) -> None:
         getattr(conf.imgprealloc, option.dest)
 
 
-def preallocator_from(conf: cfg.ConfigOpts, mode: str | None = None) -> preallocator.Preallocator:
-    """Return the Preallocator that conf.imgprealloc describes.
-
-    :param mode: instead of the configured one
-    """
-    group = conf.imgprealloc
-    return preallocator.Preallocator(
-        mode or group.mode,
-        on_unsupported=group.on_unsupported,
-        overlay_cluster_size=group.overlay_cluster_size,
-    )
+def preallocator_from(conf: cfg.ConfigOpts) -> Preallocator:
+    """Return the Preallocator that conf.imgprealloc describes."""
+    return Preallocator(**{field.name: getattr(conf.imgprealloc, field.name) for field in settings.fields()})

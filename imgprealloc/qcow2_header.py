@@ -10,6 +10,8 @@ docs/interop/qcow2.txt.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import os
 import struct
@@ -28,114 +30,151 @@ _VERSION_3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 
-# Dirty, corrupt, and so on: anything but the subclusters of extended_l2.
+# Of the incompatible features; the others are marks of dirt, corruption, and so on.
 _SUBCLUSTERS = 1 << 4
 
 _GREATEST_L1 = 32 * 1024 * 1024
 
+# Header, extensions and the backing file's name, of 1023 bytes at the most, are in the first cluster.
+_LONGEST_HEADER = 4096
+
+
+# The data is in another file, which QEMU opens by the name that is in the header.
+_DATA_FILE = 1 << 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Blank:
-    """A qcow2 file without anything in it, as its header describes it. Sizes are bytes.
-
-    :param end: where the last of its tables ends
-    :param modified: the file's mtime in nanoseconds
-    """
+    """A qcow2 file without anything in it, as its header describes it. Sizes are bytes."""
 
     virtual_size: int
-    cluster_size: int
-    end: int
-    modified: int
+    cluster_size: Optional[int]
     backing_file: Optional[str]
     backing_format: Optional[str]
 
 
-def blank(path: str) -> Blank | None:
+def blank(file: str | int) -> Blank | None:
     """Read the header of a qcow2 file that holds nothing, or return None.
 
     None too where there is more to the file than tables without entries:
-    snapshots, bitmaps, encryption, an external data file, a fault.
+    snapshots, bitmaps, encryption, an external data file, a fault. A damaged
+    header may look blank: only with a check without errors and leaks it is.
+
+    :param file: its name, or its descriptor
     """
-    with open(path, "rb") as file:
-        modified = os.fstat(file.fileno()).st_mtime_ns
-        head = file.read(4096)
+    with _opened(file) as fd:
+        head = os.pread(fd, _LONGEST_HEADER, 0)
         if len(head) < _VERSION_2.size:
             return None
         (
             magic, version, backing_offset, backing_length, cluster_bits, size, encryption,
-            l1_entries, l1_offset, refcounts_offset, refcounts_clusters, snapshots, _,
+            l1_entries, l1_offset, _, _, snapshots, _,
         ) = _VERSION_2.unpack_from(head)  # fmt: skip
         if magic != MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
             return None
-        incompatible, header_length = 0, _VERSION_2.size
+        incompatible = 0
         if version == 3:
             if len(head) < _VERSION_2.size + _VERSION_3.size:
                 return None
-            incompatible, _, autoclear, _, header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)
+            incompatible, _, autoclear, _, _ = _VERSION_3.unpack_from(head, _VERSION_2.size)
             if incompatible & ~_SUBCLUSTERS or autoclear:
                 return None
         if l1_entries * 8 > _GREATEST_L1 or backing_offset + backing_length > len(head):
             return None
-        file.seek(l1_offset)
-        l1_table = file.read(l1_entries * 8)
+        l1_table = os.pread(fd, l1_entries * 8, l1_offset)
         if len(l1_table) != l1_entries * 8 or any(l1_table):
             return None
     cluster_size = 1 << cluster_bits
     entry_size = 16 if incompatible & _SUBCLUSTERS else 8
     if l1_entries * (cluster_size // entry_size) * cluster_size < size:
         return None
-    if not backing_offset:
-        backing_length = 0
-    backing_file = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
-    backing_format = _extension(head, header_length, _BACKING_FORMAT)
-    if "\0" in backing_file or "\0" in (backing_format or ""):
+    backing_file, backing_format = _backing(head)
+    if "\0" in (backing_file or "") or "\0" in (backing_format or ""):
         return None
-    return Blank(
-        size,
-        cluster_size,
-        max(l1_offset + l1_entries * 8, refcounts_offset + refcounts_clusters * cluster_size),
-        modified,
-        backing_file or None,
-        backing_format,
-    )
+    return Blank(size, cluster_size, backing_file, backing_format)
 
 
-def can_zero_clusters(path: str) -> bool:
+def backing(file: str | int) -> tuple[str | None, str | None]:
+    """Return the name and the format of a backing file, as a header has them; None for what is not there.
+
+    :param file: the name, or the descriptor, of a file that may be qcow2
+    """
+    with _opened(file) as fd:
+        head = os.pread(fd, _LONGEST_HEADER, 0)
+    return _backing(head) if _is_qcow2(head) else (None, None)
+
+
+def has_data_file(file: str | int) -> bool:
+    """Whether a qcow2 header says that its data is in another file."""
+    with _opened(file) as fd:
+        head = os.pread(fd, _LONGEST_HEADER, 0)
+    if not _is_qcow2(head) or _version(head) < 3 or len(head) < _VERSION_2.size + _VERSION_3.size:
+        return False
+    return bool(_VERSION_3.unpack_from(head, _VERSION_2.size)[0] & _DATA_FILE)
+
+
+def can_zero_clusters(file: str | int) -> bool:
     """Whether the format has a mark for a cluster that reads as zeros: since version 3 (compat=1.1)."""
-    with open(path, "rb") as file:
-        head = file.read(_VERSION_2.size)
-    return len(head) == _VERSION_2.size and _VERSION_2.unpack(head)[1] >= 3
+    with _opened(file) as fd:
+        head = os.pread(fd, _VERSION_2.size, 0)
+    return _is_qcow2(head) and _version(head) >= 3
 
 
-def begins(path: str) -> bool:
+def begins(file: str | int) -> bool:
     """Whether a file begins like qcow2; False for none that can be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+        with _opened(file) as fd:
+            return _is_qcow2(os.pread(fd, _VERSION_2.size, 0))
     except OSError:
         return False
 
 
-def require(path: str) -> None:
-    """Refuse a file that does not begin like qcow2.
-
-    :raises: FormatMismatch
-    """
-    virtual_size(path)
-
-
-def virtual_size(path: str) -> int:
+def virtual_size(path: str, file: str | int | None = None) -> int:
     """Return the virtual size, in bytes, that a qcow2 file's header has.
 
+    :param path: for the error's text
+    :param file: its descriptor; else it is opened by its path
     :raises: FormatMismatch
     """
-    with open(path, "rb") as file:
-        head = file.read(_VERSION_2.size)
-    if len(head) < _VERSION_2.size or not head.startswith(MAGIC):
+    with _opened(path if file is None else file) as fd:
+        head = os.pread(fd, _VERSION_2.size, 0)
+    if not _is_qcow2(head):
         raise exceptions.FormatMismatch(
             path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
         )
     return int(_VERSION_2.unpack(head)[5])
+
+
+@contextlib.contextmanager
+def _opened(file: str | int) -> Iterator[int]:
+    if isinstance(file, int):
+        yield file
+        return
+    # A FIFO would be waited for.
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_qcow2(head: bytes) -> bool:
+    return len(head) >= _VERSION_2.size and head.startswith(MAGIC) and _version(head) > 1
+
+
+def _version(head: bytes) -> int:
+    return int(_VERSION_2.unpack_from(head)[1])
+
+
+def _backing(head: bytes) -> tuple[str | None, str | None]:
+    _, version, offset, length, *_ = _VERSION_2.unpack_from(head)
+    if not offset:
+        return None, None
+    header_length = _VERSION_2.size
+    if version >= 3 and len(head) >= _VERSION_2.size + _VERSION_3.size:
+        header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)[4]
+    name = os.fsdecode(head[offset : offset + length])
+    return name or None, _extension(head, header_length, _BACKING_FORMAT)
 
 
 def _extension(head: bytes, offset: int, wanted: int) -> str | None:
@@ -143,7 +182,7 @@ def _extension(head: bytes, offset: int, wanted: int) -> str | None:
         kind, length = _EXTENSION.unpack_from(head, offset)
         offset += _EXTENSION.size
         if kind == wanted:
-            return head[offset : offset + length].decode(errors="surrogateescape")
+            return os.fsdecode(head[offset : offset + length])
         if kind == 0:
             break
         offset += -(-length // 8) * 8

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 import json
+import os
 import re
+import stat
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -51,6 +53,7 @@ def version() -> tuple[int, ...]:
 
 def create(
     path: str,
+    name: str,
     size: int,
     format: str,
     options: Mapping[str, str],
@@ -58,14 +61,18 @@ def create(
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> None:
-    """Create an image; qemu-img truncates what is at path without a word."""
-    backing = [] if backing_file is None else ["-b", backing_file, "-F", str(backing_format)]
-    command.run(path, "qemu-img", "create", "-q", "-f", format, *backing, *_options(options), path, str(size))
+    """Create an image; qemu-img truncates what is there without a word, and does not look for the backing file."""
+    backing = [] if backing_file is None else ["-u", "-b", backing_file, "-F", str(backing_format)]
+    command.run(
+        path, "qemu-img", "create", "-q", "-f", format, *backing, *_options(options), name, str(size), work=size
+    )  # fmt: skip
 
 
 def convert(
     path: str,
+    name: str,
     target: str,
+    size: int,
     format: str,
     options: Mapping[str, str],
     *,
@@ -76,19 +83,46 @@ def convert(
 
     Over a backing file with -S 0: otherwise qemu-img gives back the clusters
     that hold zeros. The price is that zeros are written beyond its end.
+
+    :param size: the virtual size, in bytes
+    :param backing_file: its absolute path, which the new header gets too
     """
-    backing = [] if backing_file is None else ["-B", backing_file, "-F", str(backing_format)]
-    formats = ["-f", format, "-O", format, *backing]
-    sparse = [] if backing_file is None else ["-S", "0"]
-    command.run(path, "qemu-img", "convert", "-q", *sparse, *formats, *_options(options), path, target)
+    if backing_file is None:
+        source = ["-f", format, "-O", format, *_options(options), name]
+    else:
+        backing = ["-B", backing_file, "-F", str(backing_format)]
+        image = _image(name, format, backing_file, str(backing_format))
+        source = ["-S", "0", "--image-opts", "-O", format, *backing, *_options(options), image]
+    command.run(path, "qemu-img", "convert", "-q", *source, target, work=2 * size)
 
 
-def resize(path: str, size: int, format: str, preallocation: str) -> None:
-    """Grow an image; qemu-img refuses to shrink it without being told so."""
-    command.run(path, "qemu-img", "resize", "-q", "-f", format, f"--preallocation={preallocation}", path, str(size))
+def rename_backing_file(path: str, name: str, backing_file: str, backing_format: str) -> None:
+    """Write another name of the same backing file into a qcow2 header; neither is opened."""
+    command.run(path, "qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing_file, "-F", backing_format, name)
 
 
-def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str, *, flush: bool = True) -> None:
+def resize(
+    path: str,
+    name: str,
+    size: int,
+    format: str,
+    preallocation: str,
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
+    """Grow an image; qemu-img refuses to shrink it without being told so.
+
+    :param backing_file: its absolute path, where the header has a relative one
+    """
+    image = ["-f", format, f"--preallocation={preallocation}", name]
+    if backing_file is not None:
+        opened = _image(name, format, backing_file, str(backing_format))
+        image = ["--image-opts", f"--preallocation={preallocation}", opened]
+    command.run(path, "qemu-img", "resize", "-q", *image, str(size), work=size)
+
+
+def resize_over_zeros(path: str, name: str, size: int, zeros: str, preallocation: str, *, flush: bool = True) -> None:
     """Grow a qcow2 overlay as if its backing file were zeros, a sparse file of size bytes.
 
     QEMU then has a backing file to hide from the new part, and marks its
@@ -102,35 +136,30 @@ def resize_over_zeros(path: str, size: int, zeros: str, preallocation: str, *, f
         0.13 s with it, 0.05 s without
     """
     caching = {} if flush else {"cache.no-flush": "on", "file.cache.no-flush": "on"}
-    image = _csv(
-        {
-            "driver": "qcow2",
-            "file.driver": "file",
-            "file.filename": path,
-            **caching,
-            "backing.driver": "raw",
-            "backing.file.driver": "file",
-            "backing.file.filename": zeros,
-        }
-    )
+    image = _image(name, "qcow2", zeros, "raw", **caching)
     command.run(
-        path, "qemu-img", "resize", "-q", "--image-opts", f"--preallocation={preallocation}", image, str(size)
+        path, "qemu-img", "resize", "-q", "--image-opts", f"--preallocation={preallocation}", image, str(size),
+        work=size,
     )  # fmt: skip
 
 
-def info(path: str, format: str | None = None) -> dict[str, Any]:
+def info(path: str, name: str, format: str | None = None) -> dict[str, Any]:
     """Describe an image's header, also while it is in use. No format: detect it."""
     named = [] if format is None else ["-f", format]
-    return _json(path, command.run(path, "qemu-img", "info", "-U", "--output=json", *named, path, limits=LIMITS))
+    return _json(path, command.run(path, "qemu-img", "info", "-U", "--output=json", *named, name, limits=LIMITS))
 
 
-def check(path: str, format: str, *, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
-    """Count an image's clusters, and its faults, also while it is in use. Its backing file is not opened.
+def check(path: str, name: str, format: str, *, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Count an image's clusters, and its faults, also while it is in use.
+
+    Its backing file is not opened, which a header may place anywhere: a check
+    would wait for a pipe or a server for ever, and needs neither.
 
     :param meanwhile: called once the check has been started
     """
+    image = "json:" + json.dumps({"driver": format, "backing": None, "file": {"driver": "file", "filename": name}})
     said = command.run(
-        path, "qemu-img", "check", "-U", "--output=json", "-f", format, _alone(path, format),
+        path, "qemu-img", "check", "-U", "--output=json", "-f", format, image,
         limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS, meanwhile=meanwhile,
     )  # fmt: skip
     return _json(path, said)
@@ -189,17 +218,24 @@ def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
     return found
 
 
-def _alone(path: str, format: str) -> str:
-    """Name an image so that QEMU leaves its backing file alone, which a header may place anywhere.
+def _image(name: str, format: str, backing_file: str, backing_format: str, **more: str) -> str:
+    """Describe an image over a backing file that we name, whatever its header says."""
+    return _csv(
+        {
+            "driver": format,
+            "file.driver": "file",
+            "file.filename": name,
+            **more,
+            "backing.driver": backing_format,
+            "backing.file.driver": "host_device" if _is_device(backing_file) else "file",
+            "backing.file.filename": backing_file,
+        }
+    )
 
-    A check would wait for a pipe or a server for ever, and needs neither.
-    """
-    image = {"driver": format, "backing": None, "file": {"driver": "file", "filename": path}}
-    try:
-        return "json:" + json.dumps(image, ensure_ascii=False).encode().decode()
-    except UnicodeEncodeError:
-        # A name in another encoding than UTF-8, which JSON cannot carry.
-        return path
+
+def _is_device(path: str) -> bool:
+    # QEMU warns of a device that is opened as a file, and may refuse it.
+    return stat.S_ISBLK(os.stat(path).st_mode)
 
 
 def _options(options: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import os
-import stat
+import re
 from typing import Any
 
 from imgprealloc import exceptions
@@ -14,55 +14,76 @@ from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
+from imgprealloc.disk_file import DiskFile
 from imgprealloc.image import DiskImage
+from imgprealloc.image import FileStamp
 
 # For what qemu-img measure does not foresee: the refcount table moves when it
 # grows, and leaves a gap.
 _SPARE_CLUSTERS = 4
 
+# The unit of all virtual sizes.
+SECTOR = 512
 
-def raw(path: str) -> DiskImage:
+# What QEMU looks at to tell a format, and what it takes for VMware's (vmdk_probe).
+_PROBED = 512
+_VMDK = re.compile(rb"KDMV|COWD|(?:#[^\n]*\n| *\r?\n)*version=")
+
+
+def raw(file: DiskFile) -> DiskImage:
     """Read a raw disk: its length, and what the filesystem has for it.
 
-    :raises: DiskNotFound, BrokenImage, QemuImgMissing, QemuImgKilled
+    :raises: BrokenImage, ProgramMissing, ProgramKilled
     """
-    status = regular_file(path)
-    virtual_size = qemu_img.number(path, qemu_img.info(os.path.abspath(path), "raw"), "virtual-size")
+    status = os.fstat(file.fd)
+    virtual_size = qemu_img.number(file.path, qemu_img.info(file.path, file.program_name, "raw"), "virtual-size")
     # A length that is no multiple of 512 is rounded up for the guest.
-    return _image(path, status, max(virtual_size, status.st_size), format="raw", virtual_size=virtual_size)
+    return _image(
+        file,
+        status,
+        max(virtual_size, status.st_size),
+        format="raw",
+        virtual_size=virtual_size,
+        in_use=lock.has_writer(file.fd),
+    )
 
 
-def qcow2(path: str) -> DiskImage:
+def qcow2(file: DiskFile) -> DiskImage:
     """Read a qcow2 disk: its header, its clusters, and what the filesystem has for it.
 
-    :raises: DiskNotFound, FormatMismatch, UnsupportedFormat, BrokenImage,
-        QemuImgMissing, QemuImgKilled
+    :raises: FormatMismatch, UnsupportedFormat, BrokenImage, ProgramMissing,
+        ProgramKilled
     """
-    status = regular_file(path)
-    target = os.path.abspath(path)
-    qcow2_header.require(target)
-    in_use = lock.in_use(target)
+    path = file.path
+    status = os.fstat(file.fd)
+    qcow2_header.virtual_size(path, file.fd)
+    if qcow2_header.has_data_file(file.fd):
+        # Not to be seen by QEMU at all, which would open what it names.
+        raise exceptions.UnsupportedFormat(
+            path, "its data is in another file (data-file)", "Convert it with qemu-img convert first."
+        )
+    in_use = lock.has_writer(file.fd)
     described: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
 
     def describe() -> None:
-        info = qemu_img.info(target, "qcow2")
+        info = qemu_img.info(path, file.program_name, "qcow2")
         header = qemu_img.section(path, info, "format-specific", "data")
         _refuse(path, info, header)
         described.append((info, header))
 
     # Side by side, because most of either is the start of the process that
     # sets its limits.
-    check = qemu_img.check(target, "qcow2", meanwhile=describe)
+    check = qemu_img.check(path, file.program_name, "qcow2", meanwhile=describe)
     [(info, header)] = described
     faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
-    if faults and not in_use and not lock.in_use(target):
+    if faults and not in_use and not lock.has_writer(file.fd):
         raise _broken(path, f"qemu-img check finds {faults} errors in it")
     # Absent where it is 0. A compressed cluster is moved when it is written.
     compressed = qemu_img.count(path, check, "compressed-clusters")
     mapped = qemu_img.count(path, check, "allocated-clusters") - compressed
     return _image(
-        path,
+        file,
         status,
         max(status.st_size, _worst_case_size(path, info, header, check, mapped)),
         format="qcow2",
@@ -70,12 +91,12 @@ def qcow2(path: str) -> DiskImage:
         in_use=in_use,
         backing_file=info.get("backing-filename"),
         backing_format=info.get("backing-filename-format"),
-        full_backing_file=info.get("full-backing-filename"),
         cluster_size=qemu_img.number(path, info, "cluster-size"),
         extended_l2=bool(header.get("extended-l2")),
         clusters=_clusters(path, info, check),
         mapped_clusters=mapped,
         compressed_clusters=compressed,
+        leaked_clusters=qemu_img.count(path, check, "leaks"),
         fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
         image_end=qemu_img.number(path, check, "image-end-offset"),
         snapshots=len(info.get("snapshots", ())),
@@ -83,47 +104,33 @@ def qcow2(path: str) -> DiskImage:
     )
 
 
-def detected_format(path: str) -> str:
-    """Return the format that qemu-img finds; only for want of a better word.
+def guessed_format(file: DiskFile) -> str:
+    """Return the format that a disk's first bytes look like, as qemu-img does; only for want of a better word.
 
-    :raises: DiskNotFound, BrokenImage, QemuImgMissing, QemuImgKilled
+    Headers that lead QEMU to other files are told without its help.
+
+    :raises: BrokenImage, ProgramMissing, ProgramKilled
     """
-    regular_file(path)
-    return str(qemu_img.value(path, qemu_img.info(os.path.abspath(path)), "format"))
+    head = os.pread(file.fd, _PROBED, 0)
+    if qcow2_header.begins(file.fd):
+        return "qcow2"
+    if _VMDK.match(head):
+        return "vmdk"
+    return str(qemu_img.value(file.path, qemu_img.info(file.path, file.program_name), "format"))
 
 
-def virtual_size(path: str, format: str | None) -> int:
+def virtual_size(path: str, name: str, format: str | None) -> int:
     """Return the virtual size, in bytes, of an image such as a backing file, which may be a block device.
 
-    :raises: DiskNotFound, BrokenImage, QemuImgMissing, QemuImgKilled
+    :param path: the disk that it is asked for, for the error's text
+    :raises: BrokenImage, ProgramMissing, ProgramKilled
     """
-    if not (os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)):
-        # QEMU would wait for a pipe for ever.
-        regular_file(path)
-    return qemu_img.number(path, qemu_img.info(path, format), "virtual-size")
-
-
-def regular_file(path: str) -> os.stat_result:
-    """Return what stat(2) says of a file.
-
-    :raises: DiskNotFound
-    """
-    try:
-        status = os.stat(path)
-    except FileNotFoundError as exc:
-        raise exceptions.DiskNotFound(path, "there is no such file", "Check the path.") from exc
-    if not stat.S_ISREG(status.st_mode):
-        raise exceptions.DiskNotFound(path, "it is not a regular file", "Name an image file, not a device or a folder.")
-    return status
+    return qemu_img.number(path, qemu_img.info(path, name, format), "virtual-size")
 
 
 def _refuse(path: str, info: dict[str, Any], header: Mapping[str, Any]) -> None:
     if header.get("corrupt"):
         raise _broken(path, "it is marked corrupt")
-    if "data-file" in header:
-        raise exceptions.UnsupportedFormat(
-            path, "its data is in another file (data-file)", "Convert it with qemu-img convert first."
-        )
     if info.get("encrypted"):
         raise exceptions.UnsupportedFormat(
             path,
@@ -161,17 +168,17 @@ def _worst_case_size(
 
 
 def _image(
-    path: str, status: os.stat_result, worst_case_size: int, *, format: str, virtual_size: int, **more: Any
+    file: DiskFile, status: os.stat_result, worst_case_size: int, *, format: str, virtual_size: int, **more: Any
 ) -> DiskImage:
     """Complete a DiskImage by what the filesystem has for the file."""
     allocated_size = status.st_blocks * 512
     held_size, shared_bytes = min(allocated_size, worst_case_size), 0
-    extents = fallocate.extents(path)
+    extents = fallocate.extents(file.program_name)
     if extents is not None:
         held_size = fallocate.held(extents, worst_case_size)
         shared_bytes = fallocate.held((extent for extent in extents if extent.shared), worst_case_size)
     return DiskImage(
-        path=path,
+        path=file.path,
         format=format,
         virtual_size=virtual_size,
         file_size=status.st_size,
@@ -179,8 +186,8 @@ def _image(
         worst_case_size=worst_case_size,
         held_size=held_size,
         shared_bytes=shared_bytes,
-        copy_on_write=filesystem.copies_on_write(path),
-        modified=status.st_mtime_ns,
+        copy_on_write=filesystem.copies_on_write(file.program_name),
+        stamp=FileStamp.from_stat(status),
         **more,
     )
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """New files beside a disk: the next disk, renamed over it once it is whole, and scratch.
 
-A crash leaves the disk as it was and a file with a known name beside it, which
-the next run replaces. What goes into the new file is the caller's business.
+A crash leaves the disk as it was and a file beside it whose name and mark tell
+whose it is; the next run removes that. A file that has the name without the
+mark is somebody's, and is never touched. What goes into the new file is the
+caller's business.
 """
 
 from __future__ import annotations
@@ -10,187 +12,311 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import ctypes
+import dataclasses
+import errno
 import os
+import stat
 
 from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
+from imgprealloc.disk_file import DiskFile
+from imgprealloc.disk_file import Place
+from imgprealloc.image import FileStamp
 
 # O_NOFOLLOW is implied by O_EXCL.
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
-SUFFIX = ".imgprealloc"
-ZEROS_SUFFIX = ".imgprealloc-zeros"
+# Hidden, so that nobody's pattern for disks finds it.
+_SUFFIX = ".imgprealloc"
+_ZEROS_SUFFIX = ".imgprealloc-zeros"
+
+# The mark of our own, which means nothing on a file, and which nobody sets there.
+_MARK = stat.S_ISVTX
 
 _ACL = "system.posix_acl_access"
+_NO_ATTRIBUTES = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+# linux/fs.h
+_RENAME_NOREPLACE = 1
+_NO_SUCH_RENAME = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+# Of a folder where there is no such thing as its fsync.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-@contextlib.contextmanager
-def new_disk(path: str, judge: Callable[[str], object] = lambda new: None) -> Iterator[str]:
-    """Give the name of an empty file that becomes path when the block ends well.
+@dataclasses.dataclass(frozen=True)
+class NewFile(DiskFile):
+    """A file of ours that is not the disk yet, if it ever becomes that."""
 
-    The new file is on stable storage before it gets its name. A disk that
-    stands at path hands down its mode, owner and extended attributes, and must
-    not be opened by QEMU for writing meanwhile.
 
-    :param judge: called with the new file's name when the block has ended; if
-        it raises, the file does not become path
-    :raises: ImageInUse, UnsupportedFormat (a link, whose other names would
-        keep the old disk), CommandFailed
+@dataclasses.dataclass(frozen=True)
+class Leftover:
+    """A file of ours that a crash has left beside a disk.
+
+    :param size: the bytes that it takes
     """
-    with contextlib.ExitStack() as stack:
-        existed = os.path.lexists(path)
-        if existed:
-            _refuse_links(path)
-            stack.enter_context(lock.no_writer(path))
-            modified = os.stat(path).st_mtime_ns
-        # Who may read the disk is known once its attributes are copied.
-        fd = stack.enter_context(_claimed(path, path + SUFFIX, 0o600 if existed else 0o644))
-        temporary = path + SUFFIX
-        if existed:
-            _copy_attributes(path, fd)
-        try:
-            yield temporary
-            # sync(1) and not os.fsync(): after mode full there may be minutes of
-            # writing to wait for, and eventlet has only this one thread.
-            command.run(path, "sync", temporary, meanwhile=lambda: judge(temporary))
-        except exceptions.PreallocationError as exc:
-            # The disk is what the caller knows.
-            exc.path = path if exc.path == temporary else exc.path
-            raise
-        if not _is(fd, temporary):
-            raise exceptions.ImageInUse(
-                path, "another program has removed or replaced the new file", "Nothing was changed; try again."
-            )
-        if existed:
-            # Not every writer heeds QEMU's lock.
-            refuse_changed(path, modified)
-            os.replace(temporary, path)
-        else:
-            _publish(temporary, path)
-        _sync_directory(os.path.dirname(path))
+
+    path: str
+    size: int
 
 
-def refuse_changed(path: str, modified: int) -> None:
-    """Refuse to replace a disk that has been written to since it was read.
+@contextlib.contextmanager
+def new(place: Place, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
+    """Give an empty file that becomes a disk, where there is none, when the block ends well.
 
-    :param modified: its mtime then, in nanoseconds
-    :raises: ImageInUse
+    It is on stable storage before it gets its name.
+
+    :param judge: called with the new file when the block has ended; if it
+        raises, the file does not become the disk
+    :raises: DiskExists, ImageInUse, FileInTheWay, CommandFailed
     """
-    if os.stat(path).st_mtime_ns != modified:
-        raise exceptions.ImageInUse(path, "it was written to while it was looked at", "Stop the instance, try again.")
+    with _claimed(place, _SUFFIX) as file:
+        yield file
+        _settle(file, judge)
+        mode = 0o644 & ~_umask()
+        os.fchmod(file.fd, mode | _MARK)
+        _publish(place, file)
+        os.fchmod(file.fd, mode)
+        _sync_folder(place)
 
 
 @contextlib.contextmanager
-def zeros(path: str, size: int) -> Iterator[str]:
-    """Give the name of a sparse file of size bytes beside path, for as long as the block runs."""
-    with _claimed(path, path + ZEROS_SUFFIX, 0o644) as fd:
-        os.truncate(fd, size)
-        yield path + ZEROS_SUFFIX
+def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
+    """Give an empty file that takes the place of a disk when the block ends well.
+
+    It is on stable storage before it gets its name, and has the disk's mode,
+    owner and extended attributes. Nobody may have the disk open meanwhile.
+
+    :param stamp: of the disk as it was when it was decided to replace it
+    :param judge: as for new()
+    :raises: ImageInUse, DiskIsLink, FileInTheWay, CommandFailed
+    """
+    _refuse_links(disk)
+    lock.refuse_users(disk.path, disk.fd)
+    with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX) as file:
+        disk.refuse_changed(stamp)
+        yield file
+        _settle(file, judge)
+        _copy_attributes(disk.fd, file.fd)
+        # Not every writer heeds QEMU's lock.
+        lock.refuse_users(disk.path, disk.fd)
+        disk.refuse_changed(stamp)
+        os.replace(file.name, disk.name, src_dir_fd=disk.folder_fd, dst_dir_fd=disk.folder_fd)
+        os.fchmod(file.fd, stat.S_IMODE(os.fstat(disk.fd).st_mode))
+        _sync_folder(disk)
 
 
 @contextlib.contextmanager
-def _claimed(path: str, temporary: str, mode: int) -> Iterator[int]:
+def zeros(place: Place, size: int) -> Iterator[NewFile]:
+    """Give a sparse file of size bytes beside a disk, for as long as the block runs."""
+    with _claimed(place, _ZEROS_SUFFIX) as file:
+        os.truncate(file.fd, size)
+        yield file
+
+
+def leftovers(place: Place) -> list[Leftover]:
+    """List what a crash has left beside a disk; nothing is changed."""
+    found = []
+    for name in _names(place):
+        status = place.stat(name)
+        if status is not None and _is_ours(status) and not _is_claimed(place, name):
+            found.append(Leftover(os.path.join(place.folder, name), status.st_blocks * 512))
+    return found
+
+
+def remove_leftovers(place: Place) -> None:
+    """Give back the space of what a crash has left beside a disk."""
+    for name in _names(place):
+        status = place.stat(name)
+        if status is not None and _is_ours(status):
+            # Of one that is in use the next run sees to it.
+            with contextlib.suppress(exceptions.ImageInUse):
+                _remove(place, name)
+
+
+def _names(place: Place) -> tuple[str, str]:
+    return _temporary_name(place, _SUFFIX), _temporary_name(place, _ZEROS_SUFFIX)
+
+
+def _temporary_name(place: Place, suffix: str) -> str:
+    return f".{place.name}{suffix}"
+
+
+@contextlib.contextmanager
+def _claimed(place: Place, suffix: str) -> Iterator[NewFile]:
     """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
+    name = _temporary_name(place, suffix)
     while True:
         try:
-            fd = os.open(temporary, _NEW, mode)
+            fd = os.open(name, _NEW, _MARK | stat.S_IRUSR | stat.S_IWUSR, dir_fd=place.folder_fd)
         except FileExistsError:
-            _remove_stale(path, temporary)
+            _remove(place, name)
             continue
         try:
-            # Lost, if another one took the new file for a stale one meanwhile.
-            if not lock.try_exclusive(fd) or not _is(fd, temporary):
+            # Lost, if another one took the new file for a crash's remains meanwhile.
+            if not lock.try_exclusive(fd) or not _is(place, name, fd):
                 continue
             try:
-                yield fd
+                yield NewFile(place.path, place.folder, place.folder_fd, name, fd)
             finally:
-                if _is(fd, temporary):
-                    os.unlink(temporary)
+                if _is(place, name, fd):
+                    os.unlink(name, dir_fd=place.folder_fd)
             return
         finally:
             os.close(fd)
 
 
-def _sync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _settle(file: NewFile, judge: Callable[[NewFile], object]) -> None:
+    """Judge the new file while it is brought to stable storage."""
+    # sync(1) and not os.fsync(): after mode full there may be minutes of
+    # writing to wait for, and eventlet has only this one thread.
+    size = os.fstat(file.fd).st_size
+    command.run(file.path, "sync", file.program_name, work=size, meanwhile=lambda: judge(file))
+    if not _is(file, file.name, file.fd):
+        raise exceptions.ImageInUse(
+            file.path, "another program has removed or replaced the new file", "Nothing was changed; try again."
+        )
 
 
-def _remove_stale(path: str, temporary: str) -> None:
+def _remove(place: Place, name: str) -> None:
     """Remove what a crash has left: nobody holds its lock, no guest has it, and its content is unknown.
 
-    :raises: ImageInUse
+    :raises: FileInTheWay where it is not ours, ImageInUse
     """
+    path = os.path.join(place.folder, name)
+    status = place.stat(name)
+    if status is None:
+        return
+    if not _is_ours(status):
+        raise exceptions.FileInTheWay(
+            place.path,
+            f"{path} has the name that the new file would have, and is not of imgprealloc's making",
+            "Move it away, then try again.",
+        )
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place.folder_fd)
     except FileNotFoundError:
         return
     try:
         if not lock.try_exclusive(fd):
             raise exceptions.ImageInUse(
-                path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+                place.path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
             )
-        # Somebody's disk may have this name, and a qemu-img may outlive us.
+        # A qemu-img may outlive us where a kernel does not end it.
         if lock.has_writer(fd):
             raise exceptions.ImageInUse(
-                path,
-                f"QEMU has {temporary} open for writing, where the new file would be made",
-                "Wait until that has ended, or move the file away; then try again.",
+                place.path,
+                f"QEMU has {path} open for writing, where the new file would be made",
+                "Wait until that has ended; then try again.",
             )
-        if _is(fd, temporary):
-            os.unlink(temporary)
+        if _is(place, name, fd):
+            os.unlink(name, dir_fd=place.folder_fd)
     finally:
         os.close(fd)
 
 
-def _is(file: int | str, path: str) -> bool:
+def _is_ours(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(status.st_mode & _MARK)
+
+
+def _is_claimed(place: Place, name: str) -> bool:
     try:
-        return os.path.samestat(os.stat(file), os.lstat(path))
-    except FileNotFoundError:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place.folder_fd)
+    except OSError:
         return False
+    try:
+        return lock.is_exclusive(fd)
+    finally:
+        os.close(fd)
 
 
-def _refuse_links(path: str) -> None:
-    is_link = os.path.islink(path)
-    if not is_link and _is(path, path + SUFFIX):
-        # A crash came between the two halves of _publish().
-        _remove_stale(path, path + SUFFIX)
-    if is_link or os.stat(path).st_nlink > 1:
-        raise exceptions.UnsupportedFormat(
-            path,
+def _is(place: Place, name: str, fd: int) -> bool:
+    """Whether a name in the folder is still that of an open file."""
+    status = place.stat(name)
+    return status is not None and os.path.samestat(os.fstat(fd), status)
+
+
+def _refuse_links(disk: DiskFile) -> None:
+    if os.path.islink(disk.path) or os.fstat(disk.fd).st_nlink > 1:
+        raise exceptions.DiskIsLink(
+            disk.path,
             "the disk is a link, or has a second name, and would have to be replaced",
             "Name the file itself, or remove the other names.",
         )
 
 
-def _copy_attributes(path: str, fd: int) -> None:
-    status = os.stat(path)
-    if (status.st_uid, status.st_gid) != (os.fstat(fd).st_uid, os.fstat(fd).st_gid):
-        os.fchown(fd, status.st_uid, status.st_gid)
-    if _ACL in os.listxattr(fd) and _ACL not in os.listxattr(path):
+def _copy_attributes(source: int, target: int) -> None:
+    """Give the new file the mode, owner and extended attributes of the disk, and leave our mark on it."""
+    status = os.fstat(source)
+    if (status.st_uid, status.st_gid) != (os.fstat(target).st_uid, os.fstat(target).st_gid):
+        os.fchown(target, status.st_uid, status.st_gid)
+    attributes = _attributes(source)
+    if _ACL in _attributes(target) and _ACL not in attributes:
         # From a default ACL of the folder: others could read the new disk, and
         # the mode would set the ACL's mask.
-        os.removexattr(fd, _ACL)
-    os.fchmod(fd, status.st_mode & 0o7777)
-    present = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
-    for name in os.listxattr(path):
-        value = os.getxattr(path, name)
+        os.removexattr(target, _ACL)
+    os.fchmod(target, stat.S_IMODE(status.st_mode) | _MARK)
+    present = _attributes(target)
+    for name, value in attributes.items():
         # SELinux and the like label a new file by themselves, mostly rightly,
         # and may not let us do it.
         if present.get(name) != value:
-            os.setxattr(fd, name, value)
+            os.setxattr(target, name, value)
 
 
-def _publish(temporary: str, path: str) -> None:
+def _attributes(fd: int) -> dict[str, bytes]:
     try:
-        # Not a rename, which would silently replace what has come meanwhile.
-        os.link(temporary, path)
+        return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+    except OSError as exc:
+        if exc.errno not in _NO_ATTRIBUTES:
+            raise
+        return {}
+
+
+def _publish(place: Place, file: NewFile) -> None:
+    """Give the new file the disk's name, unless something has got that meanwhile.
+
+    :raises: DiskExists
+    """
+    try:
+        _rename_to_nothing(place, file)
     except FileExistsError as exc:
         raise exceptions.DiskExists(
-            path, "the file has come into being meanwhile", "It was left as it is; choose another path."
+            place.path, "the file has come into being meanwhile", "It was left as it is; choose another path."
         ) from exc
-    os.unlink(temporary)
+
+
+def _rename_to_nothing(place: Place, file: NewFile) -> None:
+    source, target = os.fsencode(file.name), os.fsencode(place.name)
+    if not _LIBC.renameat2(place.folder_fd, source, place.folder_fd, target, _RENAME_NOREPLACE):
+        return
+    code = ctypes.get_errno()
+    if code not in _NO_SUCH_RENAME:
+        raise OSError(code, os.strerror(code), place.path)
+    # The name is taken first, by an empty file of ours, over which any
+    # filesystem can rename.
+    os.close(os.open(place.name, _NEW, 0o600, dir_fd=place.folder_fd))
+    os.replace(file.name, place.name, src_dir_fd=place.folder_fd, dst_dir_fd=place.folder_fd)
+
+
+def _sync_folder(place: Place) -> None:
+    try:
+        os.fsync(place.folder_fd)
+    except OSError as exc:
+        if exc.errno not in _NO_SYNC:
+            raise OSError(
+                exc.errno, f"{exc.strerror}; the new disk has its name, but may lose it", place.folder
+            ) from exc
+
+
+def _umask() -> int:
+    """Return the process's umask; umask(2) itself would have to change it for that."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022

@@ -12,7 +12,8 @@ import os
 import pytest
 
 from imgprealloc import qemu_img
-from imgprealloc import terms
+from imgprealloc import log
+from imgprealloc import record
 
 from .host import Host
 from .host import Programs
@@ -23,10 +24,12 @@ from .host import opened_by_qemu
 def forgotten() -> Iterator[None]:
     """Forget what the library remembers for the life of a process."""
     qemu_img.version.cache_clear()
-    terms._warned.clear()
+    log.forget()
+    record.forget()
     yield
     qemu_img.version.cache_clear()
-    terms._warned.clear()
+    log.forget()
+    record.forget()
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_a_program_that_says_nothing_still_makes_an_error(programs: Programs) ->
 def test_a_signal_under_limits_means_that_the_limits_were_reached(programs: Programs) -> None:
     programs.ends("info", -24)
 
-    with pytest.raises(exceptions.QemuImgKilled) as caught:
+    with pytest.raises(exceptions.ProgramKilled) as caught:
         command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
     assert "signal 24" in caught.value.reason
@@ -170,7 +170,7 @@ def test_a_signal_without_limits_is_an_ordinary_failure(programs: Programs) -> N
 def test_a_missing_program_is_named_with_the_packages_to_install(programs: Programs) -> None:
     programs.uninstall("qemu-img")
 
-    with pytest.raises(exceptions.QemuImgMissing) as caught:
+    with pytest.raises(exceptions.ProgramMissing) as caught:
         command.run(DISK, "qemu-img", "create", DISK)
 
     assert "qemu-img could not be started: No such file or directory" in caught.value.reason
@@ -188,6 +188,6 @@ def test_a_program_that_is_missing_under_oslo_s_own_wrapper_is_told_apart(tmp_pa
     # Not played: how the wrapper ends is oslo.concurrency's to say.
     with (
         fixtures.EnvironmentVariable("PATH", str(tmp_path)),
-        pytest.raises(exceptions.QemuImgMissing, match="qemu-img could not be started"),
+        pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started"),
     ):
         command.run(DISK, "qemu-img", "info", DISK, limits=processutils.ProcessLimits(cpu_time=30, address_space=2**30))

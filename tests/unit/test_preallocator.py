@@ -364,7 +364,7 @@ def test_a_disk_is_not_replaced_by_one_that_is_not_what_was_promised(host: Host)
         pytest.param(lambda host: Preallocator().preallocate(host.overlay()), id="blank overlay"),
         pytest.param(lambda host: Preallocator().preallocate(host.qcow2(mapped=1.0, held=0)), id="mapped"),
         pytest.param(lambda host: Preallocator().preallocate(host.qcow2(mapped=0.5)), id="reserve"),
-        pytest.param(lambda host: Preallocator().preallocate(host.qcow2(mapped=0.5), rewrite=True), id="rewrite"),
+        pytest.param(lambda host: Preallocator().preallocate(host.qcow2(mapped=0.5), existing="rewrite"), id="rewrite"),
         pytest.param(lambda host: Preallocator().resize(host.qcow2(mapped=1.0), 2 * SIZE), id="grow"),
         pytest.param(lambda host: Preallocator().resize(host.raw(held=SIZE), 2 * SIZE), id="grow raw"),
     ],
@@ -453,7 +453,7 @@ def test_every_program_speaks_c_and_every_look_is_limited_and_names_the_format(h
     Preallocator().preallocate(host.path("copied"), format="raw")
     Preallocator().preallocate(host.overlay(name="new"), format="qcow2")
     Preallocator().resize(host.path("new"), 2 * SIZE, format="qcow2")
-    Preallocator().preallocate(host.overlay(mapped=0.5), rewrite=True, format="qcow2")
+    Preallocator().preallocate(host.overlay(mapped=0.5), existing="rewrite", format="qcow2")
     RawPreallocator("full").preallocate(host.raw(name="written"))
 
     assert {call.name for call in host.calls} >= {
@@ -468,7 +468,7 @@ def test_every_program_speaks_c_and_every_look_is_limited_and_names_the_format(h
 def test_a_missing_program_leaves_nothing_half_made(host: Host, program: str) -> None:
     host.uninstall(program)
 
-    with pytest.raises(exceptions.QemuImgMissing, match=f"{program} could not be started"):
+    with pytest.raises(exceptions.ProgramMissing, match=f"{program} could not be started"):
         Preallocator().create(host.path(), SIZE)
 
     assert host.files == []

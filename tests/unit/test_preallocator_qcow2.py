@@ -133,7 +133,7 @@ def test_a_reserved_disk_can_still_be_rewritten(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     Qcow2Preallocator().preallocate(path)
 
-    assert Qcow2Preallocator().preallocate(path, rewrite=True).state == "preallocated"
+    assert Qcow2Preallocator().preallocate(path, existing="rewrite").state == "preallocated"
 
 
 def test_a_disk_with_data_is_never_rewritten_unasked(host: Host) -> None:
@@ -183,7 +183,7 @@ def test_a_rewritten_overlay_keeps_its_backing_file_s_name_and_format(host: Host
     host.base(SIZE // 2)
     path = host.overlay(mapped=0.5, backing_file="base")
 
-    image = Qcow2Preallocator().preallocate(path, rewrite=True)
+    image = Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert (image.backing_file, image.backing_format, image.virtual_size) == ("base", "raw", SIZE)
 
@@ -192,7 +192,7 @@ def test_a_rewritten_overlay_keeps_its_backing_file_s_name_and_format(host: Host
 def test_a_disk_without_a_backing_file_keeps_its_cluster_size(host: Host, mapped: float | None) -> None:
     path = host.qcow2(cluster_size=units.Mi, mapped=mapped)
 
-    image = Qcow2Preallocator().preallocate(path, rewrite=True)
+    image = Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert (image.cluster_size, image.extended_l2) == (units.Mi, False)
 
@@ -201,7 +201,7 @@ def test_a_disk_without_a_backing_file_keeps_its_cluster_size(host: Host, mapped
 def test_an_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host, mapped: float | None) -> None:
     path = host.overlay(cluster_size=units.Mi, mapped=mapped)
 
-    image = Qcow2Preallocator(overlay_cluster_size=CLUSTER // 2).preallocate(path, rewrite=True)
+    image = Qcow2Preallocator(overlay_cluster_size=CLUSTER // 2).preallocate(path, existing="rewrite")
 
     assert (image.cluster_size, image.extended_l2) == (CLUSTER // 2, True)
 
@@ -209,7 +209,7 @@ def test_an_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host,
 @pytest.mark.parametrize("mapped", [None, 0.5])
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 def test_a_new_overlay_is_made_in_the_mode(host: Host, mode: str, mapped: float | None) -> None:
-    Qcow2Preallocator(mode).preallocate(host.overlay(mapped=mapped), rewrite=True)
+    Qcow2Preallocator(mode).preallocate(host.overlay(mapped=mapped), existing="rewrite")
 
     [call] = host.run("create", "convert")
     assert call.options == {"preallocation": mode, **OVERLAY_OPTIONS}
@@ -403,7 +403,7 @@ def test_what_a_copy_would_lose_keeps_a_disk_from_being_replaced(
     host.base(SIZE)
     path = host.qcow2(SIZE, **disk)
 
-    image = Qcow2Preallocator().preallocate(path, rewrite=True)
+    image = Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert (host.changes, image.state) == (["fallocate"], "reserved")
     [warning] = logged(logging.WARNING)
@@ -429,7 +429,7 @@ def test_a_file_that_may_be_raw_is_not_replaced_under_a_guessed_format(
     os.truncate(path, end + 65536)
     host.amend["check"] = lambda answer: answer.update({"image-end-offset": end})
 
-    Preallocator().preallocate(path, rewrite=True)
+    Preallocator().preallocate(path, existing="rewrite")
 
     assert host.changes == ["fallocate"]
     assert "may be a raw disk" in logged(logging.WARNING)[0]
@@ -444,7 +444,7 @@ def test_a_file_that_the_caller_says_is_qcow2_is_one_whatever_stands_behind_it(
     os.truncate(path, end + 65536)
     host.amend["check"] = lambda answer: answer.update({"image-end-offset": end})
 
-    Qcow2Preallocator().preallocate(path, rewrite=True)
+    Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert host.run("create", "convert") != []
 
@@ -455,7 +455,7 @@ def test_a_file_that_ends_within_its_last_cluster_is_surely_qcow2(host: Host, ma
     end = os.path.getsize(path)
     host.amend["check"] = lambda answer: answer.update({"image-end-offset": end - 1000})
 
-    Preallocator().preallocate(path, rewrite=True)
+    Preallocator().preallocate(path, existing="rewrite")
 
     assert host.run("create", "convert") != []
 
@@ -488,7 +488,7 @@ def test_a_link_is_not_replaced(host: Host, link: str, mapped: float | None) -> 
     (os.symlink if link == "symbolic" else os.link)(target, host.path())
 
     with pytest.raises(exceptions.UnsupportedFormat, match="link"):
-        Qcow2Preallocator().preallocate(host.path(), rewrite=True)
+        Qcow2Preallocator().preallocate(host.path(), existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["disk", "elsewhere"]
@@ -511,7 +511,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host, mapped: flo
 def test_on_btrfs_a_disk_that_may_be_rewritten_is_made_anew_with_nocow(host: Host, mapped: float | None) -> None:
     host.filesystem = BTRFS
 
-    image = Qcow2Preallocator().preallocate(host.overlay(SIZE, mapped=mapped), rewrite=True)
+    image = Qcow2Preallocator().preallocate(host.overlay(SIZE, mapped=mapped), existing="rewrite")
 
     [call] = host.run("create", "convert")
     assert call.options["nocow"] == "on"
@@ -761,7 +761,7 @@ def test_a_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Ho
     [
         pytest.param(lambda p, host: p.create(host.path("new"), SIZE), SIZE, id="create"),
         pytest.param(lambda p, host: p.preallocate(host.overlay()), SIZE, id="blank"),
-        pytest.param(lambda p, host: p.preallocate(host.overlay(mapped=0.5), rewrite=True), SIZE // 2, id="rewrite"),
+        pytest.param(lambda p, host: p.preallocate(host.overlay(mapped=0.5), existing="rewrite"), SIZE // 2, id="rewrite"),
         pytest.param(lambda p, host: p.preallocate(host.overlay(mapped=0.5)), SIZE // 2, id="reserve"),
         pytest.param(lambda p, host: p.preallocate(host.qcow2(mapped=1.0, held=0)), SIZE, id="mapped"),
         pytest.param(lambda p, host: p.resize(host.qcow2(mapped=1.0), 2 * SIZE), SIZE, id="resize"),
@@ -784,7 +784,7 @@ def test_a_disk_without_room_for_its_copy_is_reserved_with_a_warning(
 ) -> None:
     host.available = SIZE - 1
 
-    image = Qcow2Preallocator().preallocate(host.overlay(mapped=0.5), rewrite=True)
+    image = Qcow2Preallocator().preallocate(host.overlay(mapped=0.5), existing="rewrite")
 
     assert image.state == "reserved"
     assert len(logged(logging.WARNING)) == 1
@@ -809,7 +809,7 @@ def test_a_blank_disk_whose_space_is_held_asks_for_no_more_on_a_full_filesystem(
 def test_mode_metadata_asks_for_no_space(host: Host, mapped: float | None) -> None:
     host.available = 0
 
-    assert Qcow2Preallocator("metadata").preallocate(host.overlay(mapped=mapped), rewrite=True).mapped
+    assert Qcow2Preallocator("metadata").preallocate(host.overlay(mapped=mapped), existing="rewrite").mapped
 
 
 @pytest.mark.parametrize("program", ["create", "resize", "fallocate", "convert"])
@@ -820,7 +820,7 @@ def test_space_that_runs_out_half_way_leaves_the_old_disk_and_nothing_beside_it(
     host.ends(program, 1, f"{program}: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace):
-        Qcow2Preallocator().preallocate(path, rewrite=True)
+        Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     with open(path, "rb") as disk:
         assert (os.stat(path).st_ino, disk.read()) == before
@@ -836,7 +836,7 @@ def test_a_disk_in_use_is_not_replaced(host: Host, opened: Callable[[str], objec
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        Qcow2Preallocator().preallocate(path, rewrite=True)
+        Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["base", "disk"]
@@ -856,7 +856,7 @@ def test_a_disk_written_to_since_it_was_read_is_not_replaced(host: Host, mapped:
     host.then[reader] = lambda: os.utime(path)
 
     with pytest.raises(exceptions.ImageInUse, match="written to"):
-        Qcow2Preallocator().preallocate(path, rewrite=True)
+        Qcow2Preallocator().preallocate(path, existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["base", "disk"]

@@ -98,7 +98,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host) -> None:
 def test_on_btrfs_a_disk_that_may_be_rewritten_is_made_anew_with_nocow(host: Host) -> None:
     host.filesystem = BTRFS
 
-    image = RawPreallocator().preallocate(host.raw(SIZE, held=SIZE), rewrite=True)
+    image = RawPreallocator().preallocate(host.raw(SIZE, held=SIZE), existing="rewrite")
 
     [convert] = host.run("convert")
     assert convert.options == {"nocow": "on", "preallocation": "falloc"}
@@ -280,7 +280,7 @@ def test_a_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], obje
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        RawPreallocator().preallocate(path, rewrite=True)
+        RawPreallocator().preallocate(path, existing="rewrite")
 
     assert host.changes == []
 
@@ -291,7 +291,7 @@ def test_a_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> Non
     host.then["info"] = lambda: os.utime(path)
 
     with pytest.raises(exceptions.ImageInUse, match="written to"):
-        RawPreallocator().preallocate(path, rewrite=True)
+        RawPreallocator().preallocate(path, existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["disk"]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The imgprealloc command: a thin shell around the library, for operators. One module a verb.
+
+Exit status: 0; 1 an error; 2 usage; 3 show --check found a disk that is not
+preallocated; 128 + n it was stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Optional
+
+from cliff import app
+from cliff import commandmanager
+
+import imgprealloc
+from imgprealloc.cli import signals
+
+
+class Imgprealloc(app.App):
+    """The command's name, version and sub-commands."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            description="Preallocated disks for Nova instances: look, create, allocate, resize.",
+            version=imgprealloc.__version__,
+            command_manager=commandmanager.CommandManager("imgprealloc.cli"),
+        )
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run the command, and return its exit status."""
+    try:
+        with signals.stopping():
+            return int(Imgprealloc().run(sys.argv[1:] if argv is None else argv))
+    except signals.Stopped as stopped:
+        print(f"imgprealloc: {stopped}", file=sys.stderr)
+        return 128 + stopped.number

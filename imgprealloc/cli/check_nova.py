@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imgprealloc check-nova."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cliff import lister
+
+from imgprealloc import check_nova
+
+
+class CheckNova(lister.Lister):
+    """Tell whether the Nova in this environment, as configured, preallocates its instances."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--config-file",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="nova.conf, as given to nova-compute; may be repeated (default: where Nova looks for it)",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Look at everything, good or not."""
+        self.findings = list(check_nova.check(parsed_args.config_file))
+        return ("subject", "good", "detail"), [(found.subject, found.good, found.detail) for found in self.findings]
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """Show what was found; 0 only if instances will be preallocated."""
+        super().run(parsed_args)
+        return int(not all(found.good for found in self.findings))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imgprealloc create."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from imgprealloc.cli import disks
+from imgprealloc.image import DiskImage
+
+
+class Create(disks.Allocating):
+    """Create a preallocated disk."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--backing", metavar="FILE", help="backing file, absolute or relative to the disk's folder")
+        parser.add_argument("--backing-format", metavar="FORMAT", help="its format; has to be said, it is not guessed")
+        parser.add_argument("path", metavar="PATH")
+        parser.add_argument("size", type=disks.size, metavar="SIZE", help="virtual size: bytes, or with K, M, G, T")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Create the disk; qcow2 unless --disk-format says raw."""
+
+        def work(path: str) -> DiskImage:
+            return self.preallocator(parsed_args).create(
+                path,
+                parsed_args.size,
+                parsed_args.backing,
+                format=parsed_args.disk_format,
+                backing_format=parsed_args.backing_format,
+            )
+
+        return self.each([parsed_args.path], work, parsed_args)

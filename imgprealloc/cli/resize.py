@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imgprealloc resize."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from imgprealloc.cli import disks
+from imgprealloc.image import DiskImage
+
+
+class Resize(disks.Allocating):
+    """Grow a disk, its new part preallocated."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("path", metavar="PATH")
+        parser.add_argument("size", type=disks.size, metavar="SIZE", help="new virtual size: bytes, or with K, M, G, T")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Grow the disk."""
+
+        def work(path: str) -> DiskImage:
+            return self.preallocator(parsed_args).resize(path, parsed_args.size, format=parsed_args.disk_format)
+
+        return self.each([parsed_args.path], work, parsed_args)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imgprealloc show."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from imgprealloc import disk_file
+from imgprealloc import log
+from imgprealloc import replacement
+from imgprealloc.cli.disks import Disks
+from imgprealloc.image import DiskImage
+from imgprealloc.preallocator import Preallocator
+
+_NOT_PREALLOCATED = 3
+
+
+class Show(Disks):
+    """Show how far disks are preallocated, and what the filesystem may still be asked for."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--check", action="store_true", help=f"exit with {_NOT_PREALLOCATED} if a disk is not preallocated"
+        )
+        parser.add_argument("paths", nargs="+", metavar="PATH")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> Any:
+        """Read the disks; nothing is written, also of a running instance."""
+
+        def work(path: str) -> DiskImage:
+            image = Preallocator().inspect(path, format=parsed_args.disk_format)
+            if parsed_args.check and image.state != "preallocated" and not self.status:
+                self.status = _NOT_PREALLOCATED
+            with disk_file.opened(path) as file:
+                for left in replacement.leftovers(file):
+                    log.warn_once(
+                        "left",
+                        left.path,
+                        f"left by an imgprealloc that was killed, {left.size} bytes; "
+                        f"imgprealloc allocate {path}, or the instance's next start, removes it",
+                    )
+            return image
+
+        return self.each(parsed_args.paths, work, parsed_args)

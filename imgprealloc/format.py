@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format answers for itself, and what all formats share. A new one is a subclass and a row in preallocator."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+import contextlib
+import dataclasses
+from typing import ClassVar, Literal, Optional
+
+from imgprealloc import exceptions
+from imgprealloc import fallocate
+from imgprealloc import log
+from imgprealloc import zeros
+from imgprealloc.disk_file import DiskFile
+from imgprealloc.disk_file import Place
+from imgprealloc.image import DiskImage
+from imgprealloc.image import State
+from imgprealloc.promise import Promise
+from imgprealloc.promise import require_space
+from imgprealloc.replacement import NewFile
+from imgprealloc.settings import Mode
+from imgprealloc.settings import Settings
+
+Existing = Literal["reserve", "recreate_blank", "rewrite", "just_made"]
+"""What may happen to a disk that exists. Its content never changes.
+
+* reserve: it stays the same file; its space is set aside.
+* recreate_blank: one that holds nothing may be made anew.
+* rewrite: one with data, too, may be copied into a new one.
+* just_made: as rewrite, and its header is believed, because the caller has made
+  it and no guest has seen it.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Treatment:
+    """What is to be done to a disk.
+
+    :param replaces: whether the disk becomes another file, and is read as its
+        format says; else no byte of it changes
+    :param apply: does it, and returns the disk as it is afterwards
+    """
+
+    replaces: bool
+    apply: Callable[[], DiskImage]
+
+
+# replacement's new() or replacing(), but for the judge of the new file.
+PlaceFor = Callable[[Callable[[NewFile], object]], "contextlib.AbstractContextManager[NewFile]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a new file was asked to be; a cluster size of None was left to qemu-img."""
+
+    virtual_size: int
+    cluster_size: Optional[int] = None
+    backing_file: Optional[str] = None
+    backing_format: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(abc.ABC):
+    """A disk format, with the settings that disks of it are treated by."""
+
+    settings: Settings
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def read(self, file: DiskFile) -> DiskImage:
+        """Read a disk; nothing is written.
+
+        :raises: FormatMismatch, UnsupportedFormat, BrokenImage, ProgramMissing,
+            ProgramKilled
+        """
+
+    @abc.abstractmethod
+    def is_done(self, image: DiskImage, mode: Mode) -> bool:
+        """Whether a disk has all that the mode can give it."""
+
+    @abc.abstractmethod
+    def treatment(self, file: DiskFile, image: DiskImage, promise: Promise, existing: Existing) -> Optional[Treatment]:
+        """Choose the first treatment that fits a disk; None where there is nothing to do.
+
+        :raises: UnsupportedFilesystem
+        """
+
+    @abc.abstractmethod
+    def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
+        """Choose what to do to a disk that has just been made, where its header tells; None where it has to be read."""
+
+    @abc.abstractmethod
+    def make(
+        self, place: Place, size: int, promise: Promise, backing_file: Optional[str], backing_format: Optional[str]
+    ) -> DiskImage:
+        """Create a preallocated disk."""
+
+    @abc.abstractmethod
+    def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
+        """Grow a disk, the new part preallocated."""
+
+    # What they share.
+
+    def put(
+        self,
+        place_for: PlaceFor,
+        asked: Geometry,
+        promise: Promise,
+        write: Callable[[NewFile], object],
+    ) -> DiskImage:
+        """Have a new file written, read it, and let it become the disk if it is what was asked for and promised.
+
+        :raises: BrokenImage, NotPreallocated
+        """
+        found: list[DiskImage] = []
+
+        def judge(new: NewFile) -> None:
+            image = self.read(new)
+            _refuse_other_than_asked(image, asked)
+            found.append(self.kept(image, promise, promise.states))
+
+        with place_for(judge) as new:
+            write(new)
+        return found[0]
+
+    def hold(
+        self, file: DiskFile, image: DiskImage, length: int, promise: Promise, states: tuple[State, ...]
+    ) -> DiskImage:
+        """Set aside the space of a disk up to length, where it is, and take back what it shares.
+
+        No byte changes, so that a guest may have it open meanwhile.
+        """
+        set_space_aside(file, image, length, promise)
+        return self.kept(self.read(file), promise, states)
+
+    def kept(self, image: DiskImage, promise: Promise, states: tuple[State, ...]) -> DiskImage:
+        """Compare a disk as it has just been read with what was promised.
+
+        :param states: those of which the promise is kept
+        :raises: NotPreallocated
+        """
+        if image.state in states or self.is_done(image, promise.mode):
+            return image
+        short = f"mode {promise.mode} left it {image.state}, {image.shortfall} bytes short"
+        if promise.holds_space:
+            raise exceptions.NotPreallocated(
+                image.path, short, "The filesystem does not keep what it promises; see imgprealloc show.", image
+            )
+        log.warn_once("short", image.path, short)
+        return image
+
+
+def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise) -> None:
+    """Set aside the space of a disk up to length, and take back what it shares."""
+    require_space(file, image.shortfall)
+    shared = [extent for extent in fallocate.extents(file.program_name) or () if extent.shared]
+    if shared:
+        fallocate.unshare(file.path, file.program_name, shared)
+    fill(file, length, promise)
+
+
+def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
+    """Fill the holes of a file; with zeros, where there is no other way."""
+    if promise.holds_space:
+        for gap in fallocate.gaps(file.program_name, start, start + length):
+            fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
+    elif promise.mode == "full":
+        zeros.write(file.path, file.program_name, file.fd)
+
+
+def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:
+    """Say that no space can be set aside for a file."""
+    return exceptions.UnsupportedFilesystem(
+        path,
+        "each overwrite of this file takes new space (copy on write), so that none can be set aside for it",
+        "Rewrite the disk, so that it is made anew with nocow.",
+    )
+
+
+def _refuse_other_than_asked(image: DiskImage, asked: Geometry) -> None:
+    """Refuse what a program has made that says that it was successful.
+
+    :raises: BrokenImage
+    """
+    for field in dataclasses.fields(asked):
+        wanted, found = getattr(asked, field.name), getattr(image, field.name)
+        if found != wanted and not (field.name == "cluster_size" and wanted is None):
+            raise exceptions.BrokenImage(
+                image.path,
+                f"qemu-img was asked for a {field.name} of {wanted!r}, said that it was done, and made {found!r}",
+                "Nothing was changed; see whether this qemu-img works.",
+            )

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be done to a disk whose guest has to start, or runs; what Nova's driver asks for.
+
+A disk that Nova has just made gets all that was promised, or is refused. One
+that was there keeps its guest from nothing: what cannot be done is warned of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Optional
+
+from oslo_log import log as logging
+
+from imgprealloc import exceptions
+from imgprealloc import fallocate
+from imgprealloc import filesystem
+from imgprealloc import log
+from imgprealloc.format import Existing
+from imgprealloc.preallocator import Preallocator
+
+LOG = logging.getLogger(__name__)
+
+# In these a guest's write needs no new space.
+HELD = ("reserved", "preallocated")
+
+
+def for_running_guest(strategy: Preallocator) -> Preallocator:
+    """Return the strategy for a disk that its guest writes to.
+
+    Zeros cannot be written there, but space can be set aside.
+    """
+    return Preallocator(
+        mode="falloc" if strategy.mode == "full" else strategy.mode,
+        on_unsupported="metadata" if strategy.on_unsupported == "full" else strategy.on_unsupported,
+        overlay_cluster_size=strategy.overlay_cluster_size,
+    )
+
+
+def preallocate_new(
+    strategy: Preallocator, path: str, format: str, turn: contextlib.AbstractContextManager[Any]
+) -> None:
+    """Preallocate a disk that Nova has only just made, and no guest has seen.
+
+    :param turn: held while the disk is treated
+    :raises: PreallocationError
+    """
+    with turn:
+        strategy.preallocate(path, "just_made", format=format)
+
+
+def heal(
+    strategy: Preallocator,
+    path: str,
+    format: str,
+    existing: Existing,
+    turn: contextlib.AbstractContextManager[Any],
+    *,
+    stock_length: Optional[int] = None,
+) -> None:
+    """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
+
+    :param existing: what may happen to it
+    :param turn: held while the disk is treated
+    :param stock_length: bytes that stock Nova would have called fallocate for
+    :raises: NoSpace where that would have failed, too
+    """
+    try:
+        if not os.access(path, os.W_OK):
+            state = strategy.inspect(path, format=format).state
+            if state not in HELD and strategy.mode != "metadata":
+                log.warn_once("not ours", path, f"not preallocated: it is {state}, and not ours to write")
+            return
+        with turn:
+            strategy.preallocate(path, existing, format=format)
+    except exceptions.NoSpace as exc:
+        if would_lack_space_in_stock_nova(path, stock_length):
+            raise
+        log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+    except exceptions.PreallocationError as exc:
+        log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+    except Exception:
+        LOG.exception("%s: not preallocated", path)
+
+
+def would_lack_space_in_stock_nova(path: str, length: Optional[int]) -> bool:
+    """Whether stock Nova's fallocate of length would have lacked space, too; not if it cannot be told."""
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        # Nova, too, does without fallocate where there is none.
+        if not length or not filesystem.under(directory).fallocate:
+            return False
+        found = fallocate.extents(path)
+        held = os.stat(path).st_blocks * 512 if found is None else fallocate.held(found, length)
+        return length - held > filesystem.available(directory)
+    except Exception:
+        LOG.exception("%s: started without preallocation", path)
+        return False

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be promised for a disk on the filesystem it is on, and whether there is room for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import log
+from imgprealloc import os_errors
+from imgprealloc.disk_file import Place
+from imgprealloc.image import State
+from imgprealloc.settings import Mode
+from imgprealloc.settings import OnUnsupported
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """The mode that can be kept, and the filesystem that keeps it.
+
+    :param mode: the one that was asked for, or its fallback
+    """
+
+    mode: Mode
+    filesystem: filesystem.Filesystem
+
+    @property
+    def holds_space(self) -> bool:
+        """Whether space can be promised, and not only tried for."""
+        return self.mode != "metadata" and self.filesystem.fallocate
+
+    @property
+    def nocow(self) -> dict[str, str]:
+        """The qemu-img option that stops copy on write, where there is one."""
+        return {"nocow": "on"} if self.filesystem.type == "btrfs" else {}
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that a disk may have of which this is kept."""
+        return ("preallocated",) if self.holds_space else ("preallocated", "mapped")
+
+
+def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
+    """Find out what can be promised on the filesystem that a disk is on.
+
+    :raises: UnsupportedFilesystem
+    """
+    under = filesystem.under(place.folder)
+    if under.fallocate or mode != "falloc":
+        return Promise(mode, under)
+    if on_unsupported == "error":
+        raise exceptions.UnsupportedFilesystem(
+            place.path,
+            f"the {under.type} filesystem cannot set space aside (mode falloc)",
+            "Use another filesystem, or set on_unsupported to metadata or full.",
+        )
+    log.warn_once(
+        "no fallocate",
+        place.folder,
+        f"the {under.type} filesystem cannot set space aside; "
+        f"disks in this folder get mode {on_unsupported} instead of falloc",
+    )
+    return Promise(on_unsupported, under)
+
+
+def require_space(place: Place, needed: int) -> None:
+    """Refuse what cannot fit before anything runs.
+
+    A fallocate that fails half way has filled the filesystem for everybody.
+
+    :raises: NoSpace
+    """
+    available = filesystem.available(place.folder)
+    if needed > available:
+        raise os_errors.no_space(place.path, f"it needs {needed} bytes more, and the filesystem has {available}")

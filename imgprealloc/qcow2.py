@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qcow2: clusters, found by a map that has to be filled before the guest needs it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Optional
+
+from imgprealloc import backing
+from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import format
+from imgprealloc import lock
+from imgprealloc import log
+from imgprealloc import qcow2_header
+from imgprealloc import qemu_img
+from imgprealloc import reading
+from imgprealloc import replacement
+from imgprealloc.disk_file import DiskFile
+from imgprealloc.disk_file import Place
+from imgprealloc.format import Existing
+from imgprealloc.format import Geometry
+from imgprealloc.format import Treatment
+from imgprealloc.image import DiskImage
+from imgprealloc.image import FileStamp
+from imgprealloc.promise import Promise
+from imgprealloc.promise import require_space
+from imgprealloc.qcow2_header import Blank
+from imgprealloc.replacement import NewFile
+from imgprealloc.settings import Mode
+
+_TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
+_PROTOCOL = "is named by a protocol of QEMU's"
+_NO_ROOM = "there is no room for a new disk beside it"
+_NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
+
+
+class Qcow2(format.Format):
+    """QEMU's format, with or without a backing file."""
+
+    name = "qcow2"
+
+    def read(self, file: DiskFile) -> DiskImage:
+        return reading.qcow2(file)
+
+    def is_done(self, image: DiskImage, mode: Mode) -> bool:
+        return image.mapped if mode == "metadata" else image.state == "preallocated"
+
+    def treatment(self, file: DiskFile, image: DiskImage, promise: Promise, existing: Existing) -> Optional[Treatment]:
+        if self.is_done(image, promise.mode):
+            return None
+        if image.mapped and not image.copy_on_write:
+            return Treatment(False, functools.partial(self.hold, file, image, image.worst_case_size, promise, promise.states))
+        if image.mapped and not promise.nocow:
+            return None
+        blank = qcow2_header.blank(file.fd) if existing != "reserve" and _holds_nothing(image) else None
+        if blank is not None or existing in ("rewrite", "just_made"):
+            obstacle = _obstacle(image) or self._lack_of_room(file, image, promise)
+            if obstacle is None:
+                if blank is not None:
+                    return self._recreation(file, blank, image.stamp, promise)
+                return Treatment(True, functools.partial(self._rewrite, file, image, promise))
+            log.warn_once("not replaced", file.path, f"{obstacle}; {_NOT_REPLACED}")
+        if not promise.holds_space:
+            return None
+        if image.copy_on_write:
+            raise format.copied_on_write(file.path)
+        if image.held:
+            return None
+        return Treatment(
+            False,
+            functools.partial(self.hold, file, image, image.worst_case_size, promise, ("reserved", "preallocated")),
+        )
+
+    def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
+        stamp = file.stamp()
+        blank = qcow2_header.blank(file.fd)
+        if blank is None or not blank.virtual_size or _obstacle_in_header(blank) is not None:
+            return None
+        if promise.holds_space and filesystem.available(file.folder) < blank.virtual_size:
+            # A look may tell that the space that is short is its own.
+            return None
+        return self._recreation(file, blank, stamp, promise)
+
+    def make(
+        self, place: Place, size: int, promise: Promise, backing_file: Optional[str], backing_format: Optional[str]
+    ) -> DiskImage:
+        if backing_file is not None:
+            if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+                raise exceptions.QemuImgTooOld(place.path, _TOO_OLD, "Install QEMU 5.2 or later.")
+            if backing.names_protocol(backing_file):
+                raise exceptions.UnsupportedFormat(
+                    place.path, f"its backing file {_PROTOCOL}: {backing_file}", "Name a file."
+                )
+            if backing_format is None:
+                raise exceptions.FormatNotCertain(
+                    place.path,
+                    f"nobody has told the format of its backing file {backing_file}, and a header in that "
+                    "may have been written by whoever filled it",
+                    "Say which it is: --backing-format raw, or qcow2 (backing_format= in Python).",
+                    "",
+                )
+        blank = Blank(size, None, backing_file, backing_format)
+        return self._put_blank(functools.partial(replacement.new, place), place, blank, promise)
+
+    def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
+        if promise.mode != "metadata":
+            require_space(file, size - image.virtual_size)
+        if image.has_stray_bytes:
+            # Left by a growth that was cut short; qemu-img would stumble over
+            # it. The format is no guess, or nothing would be grown.
+            with lock.no_writer(file.path, file.fd):
+                file.refuse_changed(image.stamp)
+                os.truncate(file.fd, _round_up(image.image_end, image.cluster_size or 1))
+        file_size = os.fstat(file.fd).st_size
+        aligned = _round_up(image.virtual_size, image.cluster_size or 1)
+        # In mode metadata QEMU maps clusters that were freed before, and shows
+        # the guest what was in them, unless it has to hide a backing file.
+        preallocation = "off" if promise.mode == "metadata" else promise.mode
+        if promise.mode == "metadata":
+            over_zeros = qcow2_header.can_zero_clusters(file.fd)
+        else:
+            over_zeros = image.extended_l2 and image.backing_file is not None
+        if not over_zeros or size <= aligned:
+            self._resize(file, image, size, preallocation)
+        else:
+            if aligned > image.virtual_size:
+                self._resize(file, image, aligned, preallocation)
+            with replacement.zeros(file, size) as zeros:
+                qemu_img.resize_over_zeros(file.path, file.program_name, size, zeros.program_name, promise.mode)
+        format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
+        if image.state == "reserved" and promise.holds_space:
+            grown = self.read(file)
+            format.set_space_aside(file, grown, grown.worst_case_size, promise)
+
+    @staticmethod
+    def _resize(file: DiskFile, image: DiskImage, size: int, preallocation: str) -> None:
+        if image.backing_file is None:
+            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation)
+            return
+        if image.backing_format is None or backing.names_protocol(image.backing_file):
+            # QEMU alone knows what it is; the name that it finds it by is the disk's own.
+            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation)
+            return
+        backing.virtual_size(file, image.backing_file, image.backing_format)
+        qemu_img.resize(
+            file.path, file.program_name, size, "qcow2", preallocation,
+            backing_file=file.beside(image.backing_file), backing_format=image.backing_format,
+        )  # fmt: skip
+
+    def _recreation(self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise) -> Treatment:
+        place_for = functools.partial(replacement.replacing, file, stamp)
+        return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise))
+
+    def _put_blank(self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise) -> DiskImage:
+        options = self._options(promise, blank.backing_file, blank.cluster_size)
+        asked = Geometry(
+            blank.virtual_size,
+            int(options["cluster_size"]) if "cluster_size" in options else None,
+            blank.backing_file,
+            blank.backing_format,
+        )
+        return self.put(place_for, asked, promise, lambda new: self._write(place, new, blank, options, promise))
+
+    def _write(self, place: Place, new: NewFile, blank: Blank, options: dict[str, str], promise: Promise) -> None:
+        """Fill a new file with a disk that holds nothing."""
+        size = first_size = blank.virtual_size
+        if promise.mode != "metadata":
+            require_space(place, size)
+        if blank.backing_file is not None:
+            base_size = backing.virtual_size(place, blank.backing_file, str(blank.backing_format))
+            if promise.mode != "metadata":
+                # What lies beyond the base's end is made by growing. The
+                # cluster with the base's last bytes has to be there before:
+                # grown, it would read as zeros.
+                first_size = min(size, _round_up(max(base_size, 1), self.settings.overlay_cluster_size))
+        qemu_img.create(
+            new.path, new.program_name, first_size, "qcow2", options,
+            backing_file=blank.backing_file, backing_format=blank.backing_format,
+        )  # fmt: skip
+        if first_size < size:
+            with replacement.zeros(place, size) as zeros:
+                qemu_img.resize_over_zeros(
+                    new.path, new.program_name, size, zeros.program_name, promise.mode, flush=False
+                )
+        format.fill(new, os.fstat(new.fd).st_size, promise)
+
+    def _rewrite(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        if promise.mode != "metadata":
+            require_space(file, image.virtual_size)
+        options = self._options(promise, image.backing_file, image.cluster_size)
+        base: Optional[str] = None
+        if image.backing_file is not None:
+            backing.virtual_size(file, image.backing_file, str(image.backing_format))
+            base = file.beside(image.backing_file)
+
+        def write(new: NewFile) -> None:
+            qemu_img.convert(
+                file.path, file.program_name, new.program_name, image.virtual_size, "qcow2", options,
+                backing_file=base, backing_format=image.backing_format,
+            )  # fmt: skip
+            if base is not None and base != image.backing_file:
+                qemu_img.rename_backing_file(
+                    file.path, new.program_name, str(image.backing_file), str(image.backing_format)
+                )
+            format.fill(new, os.fstat(new.fd).st_size, promise)
+
+        asked = Geometry(image.virtual_size, int(options["cluster_size"]), image.backing_file, image.backing_format)
+        return self.put(functools.partial(replacement.replacing, file, image.stamp), asked, promise, write)
+
+    def _options(self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int]) -> dict[str, str]:
+        options = {**promise.nocow, "preallocation": promise.mode}
+        if backing_file is not None:
+            # Only subclusters can be mapped and still let the base show
+            # through. The base's own cluster size has no say in it.
+            return {**options, "cluster_size": str(self.settings.overlay_cluster_size), "extended_l2": "on"}
+        return options if cluster_size is None else {**options, "cluster_size": str(cluster_size)}
+
+    @staticmethod
+    def _lack_of_room(file: DiskFile, image: DiskImage, promise: Promise) -> Optional[str]:
+        """Say that there is no room for one more disk, where what this one lacks can still be held.
+
+        As stock Nova leaves a swap disk that was never used: the space that is
+        short for a second one is its own.
+        """
+        available = filesystem.available(file.folder)
+        if not promise.holds_space or available >= image.virtual_size or image.shortfall > available:
+            return None
+        return _NO_ROOM
+
+
+def _holds_nothing(image: DiskImage) -> bool:
+    """Whether a disk that QEMU has opened and checked has nothing in it, nor had before a table was damaged."""
+    in_it = image.mapped_clusters or image.compressed_clusters or image.leaked_clusters
+    return bool(image.virtual_size) and not in_it and not image.has_stray_bytes
+
+
+def _obstacle(image: DiskImage) -> Optional[str]:
+    """Say why a disk cannot be replaced by a copy, if it cannot."""
+    if image.snapshots:
+        return "it has internal snapshots, which a copy would lose"
+    if image.bitmaps:
+        return "it has dirty bitmaps, which a copy would lose"
+    if image.leaked_clusters:
+        return (
+            f"{image.leaked_clusters} clusters of it are in use by nothing (qemu-img check): of a crash, or because "
+            "one of its tables is damaged, and with that data that could still be had back. If the guest reads what "
+            "it should, run qemu-img check -r leaks on it"
+        )
+    return _obstacle_in_header(image)
+
+
+def _obstacle_in_header(image: DiskImage | Blank) -> Optional[str]:
+    if image.backing_file is None:
+        return None
+    if image.backing_format is None:
+        return "its header does not name its backing file's format"
+    if backing.names_protocol(image.backing_file):
+        return f"its backing file {_PROTOCOL}"
+    if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+        return _TOO_OLD
+    return None
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

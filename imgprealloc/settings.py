@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of preallocation: each stands here once, and reaches the library, nova.conf and the command.
+
+A new one is a field of Settings, with its help. What Nova alone asks for is in
+opts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Literal
+
+from oslo_utils import units
+
+Mode = Literal["falloc", "full", "metadata"]
+OnUnsupported = Literal["metadata", "full", "error"]
+
+
+def described(choices: Mapping[Any, str], help: str) -> dict[str, Any]:
+    """Say of a setting what it does.
+
+    :param choices: all the values that it may have, and what each does
+    :param help: for the operator; its first line is also the command's
+    """
+    return {"choices": choices, "help": help}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How disks are preallocated.
+
+    :raises: ValueError for a value that is not one of a setting's choices
+    """
+
+    mode: Mode = dataclasses.field(
+        default="falloc",
+        metadata=described(
+            {
+                "falloc": "Map all clusters and set all space aside, without writing it. Takes seconds.",
+                "full": "Map all clusters and write zeros to all space. Takes as long as writing the disk once; guests "
+                "write fastest afterwards, most of all on XFS.",
+                "metadata": "Map all clusters and set nothing aside: the host can still run out of space.",
+            },
+            """
+How instance disks are preallocated, in the words of qemu-img.
+
+Takes effect where ``preallocate_images`` in ``[DEFAULT]`` is ``space``. A
+flavor may choose its own mode with the extra spec ``imgprealloc:mode``.
+""",
+        ),
+    )
+    on_unsupported: OnUnsupported = dataclasses.field(
+        default="metadata",
+        metadata=described(
+            {
+                "metadata": "Map all clusters, set nothing aside, and log a warning.",
+                "full": "Write zeros instead.",
+                "error": "Refuse to build the instance, so that another host is tried.",
+            },
+            """
+What to do in mode ``falloc`` on a filesystem that cannot set space aside.
+
+Among these are NFS before 4.2, ext2, ext3, and ZFS.
+""",
+        ),
+    )
+    # 128 KiB: 4 KiB subclusters, so that a guest's 4 KiB write copies nothing from the base.
+    overlay_cluster_size: int = dataclasses.field(
+        default=128 * units.Ki,
+        metadata=described(
+            {16 * units.Ki << shift: "" for shift in range(8)},
+            """
+Cluster size, in bytes, of the overlays that are made.
+
+A cluster has 32 subclusters, so that the default of 128 KiB lets a guest
+write 4 KiB without copying anything from the base image. Smaller clusters
+need more metadata; larger ones copy when a guest writes 4 KiB.
+""",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for field in fields(type(self)):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if value not in choices:
+                raise ValueError(f"{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def fields(settings: type[Settings] = Settings) -> tuple[dataclasses.Field[Any], ...]:
+    """List the settings there are, with their choices and help as metadata."""
+    return dataclasses.fields(settings)

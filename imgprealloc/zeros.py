@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zeros, written where a file reads as zeros already: the only place that writes into a disk itself.
+
+It is done by a process of its own, because it may take minutes, in which a
+system call in ours would stop every other thread of an eventlet's
+nova-compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import errno
+import os
+import sys
+
+from oslo_utils import units
+
+from imgprealloc import command
+from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import lock
+from imgprealloc.fallocate import Extent
+
+_BLOCK = units.Mi
+
+
+def write(path: str, name: str, fd: int) -> None:
+    """Write zeros over all that is a hole, or set aside but not written yet.
+
+    :param path: the disk, for the error's text
+    :param name: by which a program opens it
+    :param fd: the only descriptor of it that this process has
+    :raises: ImageInUse, NoSpace, CommandFailed, also where the filesystem
+        calls a hole what reads as something else
+    """
+    lock.refuse_users(path, fd)
+    if any(_holes(fd)):
+        command.run(path, sys.executable, "-m", __name__, path, name, work=os.fstat(fd).st_size)
+
+
+def _holes(fd: int) -> Iterator[Extent]:
+    """List what is said to read as zeros without having been written.
+
+    By lseek(2) and not by the extent map, which calls data unwritten that is
+    still in the page cache.
+    """
+    end = os.fstat(fd).st_size
+    start = os.lseek(fd, 0, os.SEEK_HOLE) if end else end
+    while start < end:
+        try:
+            data = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:
+                raise
+            data = end
+        yield Extent(start, data - start)
+        start = os.lseek(fd, data, os.SEEK_HOLE) if data < end else end
+
+
+def _fill(path: str, fd: int) -> None:
+    """Write zeros into the holes of an open file, each block once it has been read.
+
+    lseek(2) is not believed: it has called dirty data a hole (OpenZFS 15526).
+
+    :raises: FileError for a hole that has something in it
+    """
+    zeros = bytes(_BLOCK)
+    for hole in _holes(fd):
+        position = hole.start
+        while position < hole.end:
+            block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
+            if os.pread(fd, len(block), position) != block:
+                raise exceptions.FileError(
+                    path,
+                    f"the {filesystem.type_of(path)} filesystem calls a hole what is none, at byte {position}",
+                    "Nothing was written there. Save a copy of the disk, and look into the kernel's log.",
+                    errno.EIO,
+                )
+            position += os.pwrite(fd, block, position)
+    os.fdatasync(fd)
+
+
+def _main(path: str, name: str) -> int:
+    """Do what write() asks for, and keep QEMU out meanwhile: this process may outlive the other."""
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        with lock.no_writer(path, fd):
+            _fill(path, fd)
+    except (OSError, exceptions.PreallocationError) as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
