@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -15,9 +14,10 @@ from typing import Any, Optional
 
 from functional import images
 from imgprealloc import DiskImage
+from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 
-KiB, MiB = 1 << 10, 1 << 20
+MiB = 1 << 20
 
 SIZE = 4 * MiB
 GROWN = 6 * MiB
@@ -122,24 +122,72 @@ class Disks:
         if verb.disk is None:
             return
         assert path.is_file(), "the disk is gone"
-        assert content(path, verb.format) == self._contents[verb.disk], "the disk reads different"
-        require_sound(path, verb.format)
+        found = examined(path, verb.format)
+        assert found.content == self._contents[verb.disk], "the disk reads different"
+        assert found.faults == "", found.faults
 
     def require_done(self, verb: Verb, path: pathlib.Path) -> None:
         """Require that a disk is what a verb was asked for, by QEMU's own word."""
         self.require_kept(verb, path)
         assert path.is_file(), "there is no disk"
-        found = images.info(path, verb.format)
-        assert found["virtual-size"] == verb.size, f"its virtual size is {found['virtual-size']}"
-        if verb.format == "qcow2" and verb.overlay:
-            named = found.get("backing-filename"), found.get("backing-filename-format")
-            assert named == (str(self.base), "raw"), f"its backing file is {named}"
-        elif verb.format == "qcow2":
-            assert "backing-filename" not in found, "it has a backing file"
+        found = examined(path, verb.format)
+        assert found.size == verb.size, f"its virtual size is {found.size}"
+        base = (str(self.base), "raw") if verb.overlay and verb.format == "qcow2" else (None, None)
+        assert found.backing == base, f"its backing file is {found.backing}"
         if verb.disk is None:
-            expected = self._contents[""] if verb.overlay else _trimmed(b"")
-            assert content(path, verb.format) == expected, "a new disk reads different from its base"
-            require_sound(path, verb.format)
+            assert found.content == (self._contents[""] if base[0] else _trimmed(b"")), "a new disk reads different"
+            assert found.faults == "", found.faults
+
+
+def attempt(verb: Verb, path: pathlib.Path, strategy: Preallocator | None = None) -> PreallocationError | None:
+    """Do it, in mode falloc if nothing else is asked for; return what was in the way."""
+    try:
+        verb.act(strategy or Preallocator(), str(path))
+    except PreallocationError as exc:
+        return exc
+    return None
+
+
+def require_told(failed: PreallocationError | None, path: pathlib.Path) -> None:
+    """Require that an error names the disk, tells a way out, and can be read."""
+    if failed is not None:
+        told = str(failed)
+        assert told.startswith(f"{path}: "), f"the error does not name the disk: {told[:300]}"
+        assert failed.remedy, f"the error tells no way out: {told[:300]}"
+        assert len(told) < 8192, f"the error has {len(told)} characters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What QEMU's own programs say of a disk.
+
+    :param content: a hash of what the guest reads, without the zeros at the
+        end, by which a disk may have grown
+    :param faults: what is worse than a leaked cluster
+    """
+
+    content: str
+    size: int
+    backing: tuple[Optional[str], Optional[str]]
+    faults: str
+
+
+# By the file's bytes, because most of a table's cases come to the same.
+_examined: dict[tuple[str, str], Examined] = {}
+
+
+def examined(path: pathlib.Path, format: str) -> Examined:
+    """Look at a disk that nobody has open."""
+    key = images.file_digest(path), format
+    if key not in _examined:
+        info = images.info(path, format)
+        _examined[key] = Examined(
+            content(path, format),
+            info["virtual-size"],
+            (info.get("backing-filename"), info.get("backing-filename-format")),
+            "" if format == "raw" else _faults(path),
+        )
+    return _examined[key]
 
 
 _FORMATS = {"used": "qcow2", "blank": "qcow2", "raw": "raw"}
@@ -170,12 +218,9 @@ def _trimmed(read: bytes) -> str:
     return hashlib.sha256(read.rstrip(b"\0")).hexdigest()
 
 
-def require_sound(path: pathlib.Path, format: str) -> None:
-    """Require that qemu-img check finds nothing worse than leaked clusters."""
-    if format != "qcow2":
-        return
-    done = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", "--output=json", path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode in (0, 3), f"qemu-img check: {done.stdout}{done.stderr}"
-    assert not json.loads(done.stdout).get("corruptions"), done.stdout
+def _faults(path: pathlib.Path) -> str:
+    argv = ["qemu-img", "check", "-f", "qcow2", "--output=json", path]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode in (0, 3):
+        return ""
+    return f"qemu-img check ends with {done.returncode}: {' '.join(done.stdout.split())} {done.stderr.strip()}"

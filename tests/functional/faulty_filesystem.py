@@ -11,7 +11,8 @@ socket outside the mount what to answer when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import ctypes
 import dataclasses
@@ -72,11 +73,8 @@ class FaultyFilesystem:
         self._ask({"operations": list(operations), "error": error, "at": at})
 
     def files(self) -> list[str]:
-        """List what is there, but for removed files that are about to be closed, which FUSE hides under other names."""
-        deadline = time.monotonic() + 5
-        while any(name.startswith(".fuse_hidden") for name in os.listdir(self.below)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return sorted(os.listdir(self.below))
+        """List what is there, but for removed files that were open, which FUSE hides under other names."""
+        return sorted(name for name in os.listdir(self.below) if not name.startswith(".fuse_hidden"))
 
     def report(self) -> Report:
         """Tell what has happened, and work without faults from now on."""

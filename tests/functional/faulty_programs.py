@@ -8,13 +8,13 @@ called; what is wrong with which is written into the folder by the test.
 from __future__ import annotations
 
 from collections.abc import Iterator
-import contextlib
 import json
 import os
 import pathlib
 import shutil
 import sys
-import time
+
+from functional import processes
 
 PROGRAMS = ("qemu-img", "fallocate", "sync")
 
@@ -33,8 +33,6 @@ FLOOD = 100 << 20
 
 # Seconds; one that is not ended by then has been waited for.
 OVERSLEPT = 15
-
-_MARK = "IMGPREALLOC_FAULTY_PROGRAMS"
 
 # Started with -I -S, which takes a third of the time that Python takes else.
 _STAND_IN = """#!{python} -IS
@@ -168,7 +166,7 @@ class FaultyPrograms:
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which they are found."""
-        return {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}", _MARK: str(self.folder)}
+        return {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}", processes.MARK: str(self.folder)}
 
     def plan(self, program: str = "", sub_command: str = "", fault: str = "") -> None:
         """Let one of them be faulty from now on, or none."""
@@ -188,24 +186,9 @@ class FaultyPrograms:
         """Whether one that hung was not ended."""
         return (self.folder / "overslept").exists()
 
-    def running(self) -> list[str]:
-        """List the processes that were started with this folder on PATH and are still there."""
-        mark = f"{_MARK}={self.folder}".encode()
-        found = []
-        for process in pathlib.Path("/proc").iterdir():
-            if process.name.isdigit() and int(process.name) != os.getpid():
-                with contextlib.suppress(OSError):
-                    if mark in (process / "environ").read_bytes().split(b"\0"):
-                        words = (process / "cmdline").read_bytes().split(b"\0")
-                        found.append(b" ".join(words).decode(errors="replace"))
-        return found
-
     def left_running(self) -> list[str]:
-        """List those that do not end by themselves now that what started them is over."""
-        deadline = time.monotonic() + 3
-        while (found := self.running()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return found
+        """List what was started with this folder on PATH and does not end now that what started it is over."""
+        return processes.left_running(str(self.folder))
 
 
 def faults(program: str, sub_command: str) -> Iterator[str]:
