@@ -8,8 +8,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import shutil
 import subprocess
+import tempfile
 from typing import Any, Optional
 
 from functional import images
@@ -79,8 +79,8 @@ class Disks:
     def put(self, kind: str, path: pathlib.Path) -> None:
         """Put a fresh disk of a kind at a path."""
         path.unlink(missing_ok=True)
-        shutil.copyfile(self._made / kind, path)
-        path.chmod(0o644)
+        # With its holes, or there is nothing to fill.
+        images.run("cp", "--reflink=never", "--sparse=always", self._made / kind, path)
 
     def made(self, kind: str) -> pathlib.Path:
         """Return the disk of a kind that is copied."""
@@ -206,12 +206,11 @@ def content(path: pathlib.Path, format: str) -> str:
     """Hash what a guest reads, without the zeros at the end, by which a disk may have grown."""
     if format == "raw":
         return _trimmed(path.read_bytes())
-    target = path.with_name(f"{path.name}.read")
-    try:
+    # Elsewhere: where the disk is there may be no room.
+    with tempfile.TemporaryDirectory(prefix="imgprealloc-content-") as scratch:
+        target = pathlib.Path(scratch, "raw")
         images.run("qemu-img", "convert", "-f", format, "-O", "raw", path, target)
         return _trimmed(target.read_bytes())
-    finally:
-        target.unlink(missing_ok=True)
 
 
 def _trimmed(read: bytes) -> str:
@@ -219,7 +218,7 @@ def _trimmed(read: bytes) -> str:
 
 
 def _faults(path: pathlib.Path) -> str:
-    argv = ["qemu-img", "check", "-f", "qcow2", "--output=json", path]
+    argv = ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode in (0, 3):
         return ""

@@ -292,7 +292,10 @@ def _main(below: str, mount_point: str, control: str) -> None:
             return 0
 
         def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
-            os.utime(at(path), ns=times)
+            if times is None:
+                os.utime(at(path))
+            else:
+                os.utime(at(path), ns=times)
             return 0
 
         def link(self, target: str, source: str) -> int:

@@ -52,6 +52,12 @@ def require_nothing_lost(
     assert left <= {path.name}, f"it left {left}"
 
 
+def filesystem_free(directory: pathlib.Path) -> int:
+    """Return the bytes that are free, by the last word of the filesystem."""
+    space = os.statvfs(directory)
+    return space.f_bfree * space.f_frsize
+
+
 class Small:
     """A small filesystem of its own, with a folder for the disk; disks to copy from are elsewhere.
 
@@ -65,12 +71,13 @@ class Small:
         self.disk = self.place / "disk"
 
     def leave(self, kib: int) -> None:
-        """Take all space but so much."""
-        filler = self.mount_point / "filler"
-        bulk = images.free(self.mount_point) - (kib << 10) - 2 * MiB
-        if bulk > 0:
-            subprocess.run(["fallocate", "-l", str(bulk), filler], check=False, stderr=subprocess.DEVNULL)
-        loop_filesystem.fill(str(self.mount_point), leave=kib << 10)
+        """Take all space but so much, as exactly as the filesystem lets us."""
+        bulk = images.free(self.mount_point) - (kib << 10) - MiB
+        with open(self.mount_point / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            os.posix_fallocate(filler.fileno(), 0, bulk)
+            filler.seek(0, os.SEEK_END)
+            while filesystem_free(self.mount_point) > kib << 10 or not kib:
+                filler.write(bytes(4096))
 
     def clear(self) -> None:
         """Remove all but the folder."""

@@ -45,6 +45,7 @@ class Ground:
         self.faulty = faulty
         self.disk = faulty.below / "disk"
         self._disks, self._base, self._kind = disks, base, kind
+        self._contents: dict[bytes, bytes] = {}
 
     def cache(self, size: int = SIZE) -> Exception | None:
         """Let Nova make the disk or find it, as at a build and a start; return what that ends with."""
@@ -59,10 +60,14 @@ class Ground:
     def content(self) -> bytes:
         """Return what the guest reads, but for the zeros at the end."""
         copy = self.disk.parent.parent / "copy"
-        convert = ["qemu-img", "convert", "-f", self._kind, "-O", "raw", self.disk, copy]
-        done = subprocess.run(convert, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return copy.read_bytes().rstrip(b"\0")
+        read = self.disk.read_bytes()
+        # Most of a table's cases come to the same.
+        if read not in self._contents:
+            convert = ["qemu-img", "convert", "-f", self._kind, "-O", "raw", str(self.disk), str(copy)]
+            done = subprocess.run(convert, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            self._contents[read] = copy.read_bytes().rstrip(b"\0")
+        return self._contents[read]
 
     def clear(self) -> None:
         """Remove all."""
@@ -83,40 +88,41 @@ def ground(
         yield Ground(made, faulty, tiny_base, kind)
 
 
-def stock_disk(ground: Ground, kind: str, base: str) -> dict[str, bytes]:
-    """Make a disk as stock Nova does, written to by its guest; return the files of the folder."""
+def used_disk(ground: Ground, kind: str, base: str) -> dict[str, bytes]:
+    """Return the files of an instance whose disk stock Nova has made and its guest has written to."""
+    # Nova's note of the format, which it makes at a build.
+    assert ground.cache() is None
+    ground.disk.unlink()
+    path = str(ground.disk)
     if kind == "qcow2":
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", ground.disk, str(SIZE)]
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", path, str(SIZE)]
         subprocess.run(create, check=True)
     else:
-        shutil.copyfile(base, ground.disk)
-        os.truncate(ground.disk, SIZE)
-    write = ["qemu-io", "-f", kind, "-c", "write -P 7 1M 100k", "-c", "write -P 8 4M 64k", ground.disk]
+        shutil.copyfile(base, path)
+        os.truncate(path, SIZE)
+    write = ["qemu-io", "-f", kind, "-c", "write -P 7 1M 100k", "-c", "write -P 8 4M 64k", path]
     subprocess.run(write, check=True, capture_output=True)
-    # Nova's note of the format, which it would write else.
-    ground.cache()
-    return {path.name: path.read_bytes() for path in ground.faulty.below.iterdir()}
+    return {found.name: found.read_bytes() for found in ground.faulty.below.iterdir()}
 
 
-@KINDS
+STARTS = [
+    ("qcow2", {"imgprealloc__existing_disks": "reserve"}, SIZE),
+    ("qcow2", {"imgprealloc__existing_disks": "rewrite"}, SIZE + units.Mi),
+    ("raw", {"imgprealloc__existing_disks": "reserve"}, SIZE + units.Mi),
+    ("raw", {"imgprealloc__existing_disks": "rewrite"}, SIZE),
+]
+
+
 @pytest.mark.parametrize(
-    "ground",
-    [{"imgprealloc__existing_disks": existing} for existing in ("reserve", "rewrite")],
-    indirect=True,
-    ids=["reserve", "rewrite"],
+    ("kind", "ground", "size"),
+    STARTS,
+    indirect=["ground"],
+    ids=["qcow2-reserve", "qcow2-rewrite-grown", "raw-reserve-grown", "raw-rewrite"],
 )
-@pytest.mark.parametrize("size", [SIZE, SIZE + units.Mi], ids=["as_it_is", "grown"])
 def test_no_look_that_fails_at_a_start_loses_a_disk(
     ground: Ground, kind: str, tiny_base: str, size: int, pytestconfig: pytest.Config
 ) -> None:
-    files = stock_disk(ground, kind, tiny_base)
-    # Not what cache() has made of it.
-    if kind == "qcow2":
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", tiny_base, "-F", "raw", ground.disk, str(SIZE)]
-        subprocess.run(create, check=True)
-        write = ["qemu-io", "-f", kind, "-c", "write -P 7 1M 100k", "-c", "write -P 8 4M 64k", ground.disk]
-        subprocess.run(write, check=True, capture_output=True)
-        files["disk"] = ground.disk.read_bytes()
+    files = used_disk(ground, kind, tiny_base)
     before = ground.content()
 
     with tally.table(pytestconfig, "starts with a look that fails") as counts:
@@ -125,6 +131,9 @@ def test_no_look_that_fails_at_a_start_loses_a_disk(
             ground.clear()
             for name, content in files.items():
                 (ground.faulty.below / name).write_bytes(content)
+            if kind == "raw":
+                # With its holes, or there is nothing to fill.
+                subprocess.run(["fallocate", "--dig-holes", str(ground.disk)], check=True)
             ground.faulty.prepare(LOOKS, "EIO", at)
             failed = ground.cache(size)
             struck = ground.faulty.report().struck
@@ -159,7 +168,7 @@ def test_no_look_that_fails_at_a_build_leaves_anything_of_ours(
                 else:
                     assert struck, f"it failed without a fault: {failed}"
                 left = {name for name in ground.faulty.files() if "imgprealloc" in name}
-                assert not left or "imgprealloc" in struck.path, f"it left {left}"
+                assert not left or (struck and "imgprealloc" in struck.path), f"it left {left}"
             if struck is None:
                 break
             at += 1
@@ -186,7 +195,7 @@ def test_build_works_as_well_without_fallocate(ground: Ground, kind: str, tiny_b
 @pytest.mark.parametrize("kind", ["qcow2"])
 @pytest.mark.parametrize("ground", [{"imgprealloc__existing_disks": "rewrite"}], indirect=True)
 def test_start_removes_what_a_killed_run_has_left(ground: Ground, kind: str, tiny_base: str) -> None:
-    stock_disk(ground, kind, tiny_base)
+    used_disk(ground, kind, tiny_base)
     left = ground.faulty.below / ".disk.imgprealloc"
     left.write_bytes(b"half of a disk")
     left.chmod(0o1600)
