@@ -10,9 +10,7 @@ and some 2 GiB under TMPDIR.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import shutil
 import statistics
@@ -91,10 +89,8 @@ def table(builds: list[Build]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ground.arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=9, help="beside one to warm up; default: %(default)s")
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print all times as JSON instead of a table")
     args = parser.parse_args()
     builds = [Build("overlay, 40 GiB", "qcow2", 40 * _GIB), Build("raw, 4 GiB", "raw", 4 * _GIB)]
     with ground.mounted(args.filesystem, _FILESYSTEM_SIZE) as mount_point:
@@ -106,11 +102,7 @@ def main() -> int:
         for build in builds:
             measure(build, args.pairs, stock, ours, base)
     facts = {**ground.versions(), "filesystem": args.filesystem, "base_bytes": _BASE_SIZE}
-    if args.json:
-        print(json.dumps({**facts, "builds": [build.summary() for build in builds]}, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in facts.items()))
-        print(table(builds))
+    ground.tell(facts, {"builds": [build.summary() for build in builds]}, table(builds), as_json=args.json)
     return 0
 
 

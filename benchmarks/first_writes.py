@@ -11,7 +11,6 @@ and 6 GiB under TMPDIR; takes a few minutes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
@@ -28,7 +27,8 @@ import time
 import ground
 import nova_disks
 
-from imgprealloc import RawPreallocator
+from imgprealloc import Mode
+from imgprealloc import Preallocator
 
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
@@ -36,7 +36,7 @@ _DISK_SIZE = 1024 * _MIB
 # All five disks, the base image twice, and some to spare.
 _FILESYSTEM_SIZE = 6144 * _MIB
 _TURN = 500
-_MODES = ("falloc", "full")
+_MODES: tuple[Mode, ...] = ("falloc", "full")
 _BAR_STOCK = 1.5
 _BAR_RAW = 0.9
 
@@ -63,9 +63,9 @@ def subjects(instances_path: str, base: str) -> list[Subject]:
     def stock_overlay() -> str:
         return str(stock.spawn(base, _DISK_SIZE).path)
 
-    def raw(mode: str) -> str:
+    def raw(mode: Mode) -> str:
         path = os.path.join(ours.instances_path, ours.instance().uuid, "disk")
-        return RawPreallocator(mode).create(path, _DISK_SIZE).path
+        return Preallocator(mode).create(path, _DISK_SIZE, format="raw").path
 
     def overlay(mode: str) -> str:
         return str(ours.spawn(base, _DISK_SIZE, **{"imgprealloc:mode": mode}).path)
@@ -160,14 +160,12 @@ def table(found: list[Subject]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ground.arguments(__doc__)
     parser.add_argument("--runs", type=int, default=3, help="default: %(default)s")
     # More would often meet a 64 KiB cluster of stock Nova's disk that has been written to before.
     parser.add_argument("--writes", type=int, default=3000, help=f"a disk and run, by {_TURN}; default: %(default)s")
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
     parser.add_argument("--aio", choices=("native", "threads", "io_uring"), default="native",
                         help="native is what Nova chooses for a preallocated disk; default: %(default)s")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print all numbers as JSON instead of a table")
     args = parser.parse_args()
     with ground.mounted(args.filesystem, _FILESYSTEM_SIZE) as mount_point:
         ground.write_out(mount_point)
@@ -183,12 +181,11 @@ def main() -> int:
             "aio": args.aio,
             "loop_direct_io": str(ground.is_direct(mount_point)).lower(),
         }
-    if args.json:
-        results = {title: {"ratio": ratio, "bar": bar} for title, (ratio, bar) in ratios(found).items()}
-        print(json.dumps({**facts, "iops": {each.title: each.iops for each in found}, "ratios": results}, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in facts.items()))
-        print(table(found))
+    results = {
+        "iops": {each.title: each.iops for each in found},
+        "ratios": {title: {"ratio": ratio, "bar": bar} for title, (ratio, bar) in ratios(found).items()},
+    }
+    ground.tell(facts, results, table(found), as_json=args.json)
     return 0
 
 

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks stand on: a large, quiet filesystem of their own, a base image, and the tools' folder."""
+"""What the benchmarks stand on: a large, quiet filesystem of their own, a base image, one way to ask and to tell."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
+import json
 import os
 import random
 import subprocess
 import sys
+from typing import Any
 import warnings
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
@@ -34,6 +38,23 @@ def mounted(kind: str, size: int) -> Iterator[str]:
             # Some filesystems under TMPDIR, such as tmpfs, cannot do it.
             _output("losetup", "--direct-io=on", device)
         yield mount_point
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark may be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print all that was measured as JSON instead of a table")
+    return parser
+
+
+def tell(facts: Mapping[str, Any], results: Mapping[str, Any], table: str, *, as_json: bool) -> None:
+    """Print where something was measured, and what."""
+    if as_json:
+        print(json.dumps({**facts, **results}, indent=2))
+    else:
+        print(", ".join(f"{key} {value}" for key, value in facts.items()))
+        print(table)
 
 
 def write_out(mount_point: str) -> None:

@@ -222,7 +222,7 @@ def _failure(
         path,
         f"{name} failed with status {status}: {said}",
         remedy,
-        cmd=str(exc.cmd),
+        cmd=os_errors.shown(" ".join(argv)),
         exit_code=status,
         stdout=(str(exc.stdout or "") + printed.stdout)[:_MOST_TOLD],
         stderr=said,

@@ -7,6 +7,7 @@ Every error names the disk, says what was found, and tells the way out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import os
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -20,9 +21,9 @@ class PreallocationError(Exception):
     :param remedy: what to do next, as a sentence
     """
 
-    def __init__(self, path: str, reason: str, remedy: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
         super().__init__(path, reason, remedy)
-        self.path = path
+        self.path = os.fspath(path)
         self.reason = reason
         self.remedy = remedy
 

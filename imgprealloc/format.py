@@ -127,13 +127,23 @@ class Format(abc.ABC):
         return found[0]
 
     def hold(
-        self, file: DiskFile, image: DiskImage, length: int, promise: Promise, states: tuple[State, ...]
+        self,
+        file: DiskFile,
+        image: DiskImage,
+        length: int,
+        promise: Promise,
+        states: tuple[State, ...],
+        *,
+        written: bool = False,
     ) -> DiskImage:
         """Set aside the space of a disk up to length, where it is, and take back what it shares.
 
         No byte changes, so that a guest may have it open meanwhile.
+
+        :param written: whether what was never written is to be written too,
+            for which no guest may have it open
         """
-        set_space_aside(file, image, length, promise)
+        set_space_aside(file, image, length, promise, written=written)
         return self.kept(self.read(file), promise, states)
 
     def kept(self, image: DiskImage, promise: Promise, states: tuple[State, ...]) -> DiskImage:
@@ -153,12 +163,14 @@ class Format(abc.ABC):
         return image
 
 
-def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise) -> None:
-    """Set aside the space of a disk up to length, and take back what it shares."""
+def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise, *, written: bool = False) -> None:
+    """Set aside the space of a disk up to length, and take back what it shares; as for Format.hold()."""
     require_space(file, image.shortfall)
     shared = [extent for extent in fallocate.extents(file.program_name) or () if extent.shared]
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
+    if written:
+        zeros.write(file.path, file.program_name, file.fd)
     fill(file, length, promise)
 
 

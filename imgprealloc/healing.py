@@ -58,15 +58,21 @@ def heal(
     turn: contextlib.AbstractContextManager[Any],
     *,
     stock_length: Optional[int] = None,
+    greatest: Optional[int] = None,
 ) -> None:
     """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
 
     :param existing: what may happen to it
     :param turn: held while the disk is treated
     :param stock_length: bytes that stock Nova would have called fallocate for
+    :param greatest: bytes that its virtual size cannot exceed, where its header
+        may be its guest's, who could have the host's space set aside by it
     :raises: NoSpace where that would have failed, too
     """
     try:
+        if greatest is not None and strategy.inspect(path, format=format).virtual_size > greatest:
+            log.warn_once("too large", path, f"not preallocated: as {format} it would be larger than Nova has made it")
+            return
         if not os.access(path, os.W_OK):
             state = strategy.inspect(path, format=format).state
             if state not in HELD and strategy.mode != "metadata":

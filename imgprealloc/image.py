@@ -71,7 +71,8 @@ class DiskImage:
     held_size: int
     shared_bytes: int
     copy_on_write: bool
-    stamp: FileStamp
+    # Of the moment, and so nothing that two looks at a disk could agree in.
+    stamp: FileStamp = dataclasses.field(compare=False)
     in_use: bool = False
     backing_file: Optional[str] = None
     backing_format: Optional[str] = None

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import glob
 import os
+import signal
 import struct
 import time
 
@@ -126,6 +127,9 @@ def is_exclusive(fd: int) -> bool:
 
 def _is_open_elsewhere(fd: int) -> bool:
     try:
+        # Whoever opens the file just now makes the kernel send us a signal: SIGIO,
+        # which ends a process, if it is not told to take one that is ignored.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as exc:
         # NFS answers so where its server has given it no delegation.

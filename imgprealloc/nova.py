@@ -192,18 +192,27 @@ def _heal(
     :param stock_length: bytes that stock Nova would have called fallocate for
     :raises: NoSpace where that would have failed, too
     """
+    greatest = None
     if existing is None:
         existing = _existing_disks()
-        if existing != "reserve" and not record.agrees(path, format):
+        if not record.agrees(path, format):
             # Nova takes all disks of its Qcow2 backend for qcow2, but a raw one
             # may have come from another host, or from before use_cow_images was
             # set. One that Nova has converted stays on record as raw.
-            log.warn_once(
-                "not on record", path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)"
-            )
+            if existing != "reserve":
+                log.warn_once(
+                    "not on record", path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)"
+                )
             existing = "reserve"
+            greatest = stock_length
     healing.heal(
-        _preallocator(instance), path, format, existing, compute_utils.disk_ops_semaphore, stock_length=stock_length
+        _preallocator(instance),
+        path,
+        format,
+        existing,
+        compute_utils.disk_ops_semaphore,
+        stock_length=stock_length,
+        greatest=greatest,
     )
 
 

@@ -51,7 +51,9 @@ class Qcow2(format.Format):
         if self.is_done(image, promise.mode):
             return None
         if image.mapped and not image.copy_on_write:
-            return Treatment(False, functools.partial(self.hold, file, image, image.worst_case_size, promise, promise.states))
+            return Treatment(
+                False, functools.partial(self.hold, file, image, image.worst_case_size, promise, promise.states)
+            )
         if image.mapped and not promise.nocow:
             return None
         blank = qcow2_header.blank(file.fd) if existing != "reserve" and _holds_nothing(image) else None

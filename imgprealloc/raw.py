@@ -11,7 +11,6 @@ from imgprealloc import format
 from imgprealloc import qemu_img
 from imgprealloc import reading
 from imgprealloc import replacement
-from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
@@ -72,10 +71,8 @@ class Raw(format.Format):
         qemu_img.resize(file.path, file.program_name, size, "raw", _PREALLOCATION[promise.mode])
 
     def _hold(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        if promise.mode == "full" and promise.holds_space:
-            require_space(file, image.shortfall)
-            zeros.write(file.path, file.program_name, file.fd)
-        return self.hold(file, image, image.file_size, promise, promise.states)
+        written = promise.mode == "full"
+        return self.hold(file, image, image.file_size, promise, promise.states, written=written)
 
     def _copy(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
         require_space(file, image.virtual_size)

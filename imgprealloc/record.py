@@ -103,11 +103,12 @@ def require_certain(file: DiskFile, said: Word, deed: str) -> None:
     :raises: FormatNotCertain
     """
     if not said.certain:
+        other = "qcow2" if said.format == "raw" else "raw"
         raise exceptions.FormatNotCertain(
             file.path,
             f"nobody's word tells its format, and its first bytes, which make it {said.format}, may be its guest's; "
             f"{deed} under a guess",
-            f"Say which it is: --disk-format {said.format}, or --disk-format raw (format= in Python).",
+            f"Say which it is: --disk-format {said.format}, or --disk-format {other} (format= in Python).",
             said.format,
         )
 
@@ -204,15 +205,17 @@ def _noted(folder: str, names: set[str]) -> Note:
         return _NOTHING
     except OSError:
         return _UNKNOWN
-    with open(fd, "rb") as file:
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return _UNKNOWN
-            content = file.read(_GREATEST_RECORD + 1)
-            # A few KiB of brackets are too deep for Python's parser.
-            noted = json.loads(content) if len(content) <= _GREATEST_RECORD else None
-        except (OSError, ValueError, RecursionError):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             return _UNKNOWN
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(_GREATEST_RECORD + 1)
+        # A few KiB of brackets are too deep for Python's parser.
+        noted = json.loads(content) if len(content) <= _GREATEST_RECORD else None
+    except (OSError, ValueError, RecursionError):
+        return _UNKNOWN
+    finally:
+        os.close(fd)
     if not isinstance(noted, Mapping):
         return _UNKNOWN
     formats = [format for path, format in noted.items() if os.path.basename(path) in names]

@@ -213,7 +213,8 @@ def _remove(place: Place, name: str) -> None:
                 f"QEMU has {path} open for writing, where the new file would be made",
                 "Wait until that has ended; then try again.",
             )
-        if _is(place, name, fd):
+        # Another may have taken its place since it was looked at.
+        if _is_ours(os.fstat(fd)) and _is(place, name, fd):
             os.unlink(name, dir_fd=place.folder_fd)
     finally:
         os.close(fd)
@@ -299,8 +300,15 @@ def _rename_to_nothing(place: Place, file: NewFile) -> None:
         raise OSError(code, os.strerror(code), place.path)
     # The name is taken first, by an empty file of ours, over which any
     # filesystem can rename.
-    os.close(os.open(place.name, _NEW, 0o600, dir_fd=place.folder_fd))
-    os.replace(file.name, place.name, src_dir_fd=place.folder_fd, dst_dir_fd=place.folder_fd)
+    taken = os.open(place.name, _NEW, 0o600, dir_fd=place.folder_fd)
+    try:
+        os.replace(file.name, place.name, src_dir_fd=place.folder_fd, dst_dir_fd=place.folder_fd)
+    except OSError:
+        if _is(place, place.name, taken):
+            os.unlink(place.name, dir_fd=place.folder_fd)
+        raise
+    finally:
+        os.close(taken)
 
 
 def _sync_folder(place: Place) -> None:

@@ -83,9 +83,8 @@ def _fill(path: str, fd: int) -> None:
 def _main(path: str, name: str) -> int:
     """Do what write() asks for, and keep QEMU out meanwhile: this process may outlive the other."""
     try:
-        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-        with lock.no_writer(path, fd):
-            _fill(path, fd)
+        with open(name, "r+b") as file, lock.no_writer(path, file.fileno()):
+            _fill(path, file.fileno())
     except (OSError, exceptions.PreallocationError) as exc:
         print(exc, file=sys.stderr)
         return 1

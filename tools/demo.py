@@ -29,7 +29,7 @@ import loop_filesystem
 import psutil
 
 from imgprealloc import PreallocationError
-from imgprealloc import Qcow2Preallocator
+from imgprealloc import Preallocator
 
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
@@ -105,7 +105,7 @@ def observe(name: str, preallocated: bool, kind: str, base: str, guest: Guest) -
     # Only now: Nova is slow to import, and prints a warning when it is.
     import nova_disks
 
-    reader = Qcow2Preallocator()
+    reader = Preallocator()
     print(f"\n{name}:")
     with whole(loop_filesystem.mounted(kind, _FILESYSTEM_SIZE)) as mount_point:
         try:
@@ -271,7 +271,7 @@ def main() -> int:
         epilog="Ends with 0 if the stock disk ran out of space and imgprealloc's did not, 1 if not, "
         "2 if the demo cannot run here. NOVA_VERSION and PYTHON choose the Nova and the Python to use.",
     )
-    parser.add_argument("--filesystem", choices=("ext4", "xfs"), default="ext4", help="default: %(default)s")
+    parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
     # Not /tmp, which is memory on many systems.
     parser.add_argument("--directory", default="/var/tmp", help="for its files while it runs; default: %(default)s")
     args = parser.parse_args()

@@ -16,6 +16,12 @@ _MKFS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
 
+# What makes them, as programs that have to be there.
+TOOLS = tuple(command[0] for command in _MKFS.values())
+
+# What compute hosts have under their instances.
+COMMON = ("ext4", "xfs")
+
 
 @contextlib.contextmanager
 def mounted(kind: str, size: int) -> Iterator[str]:

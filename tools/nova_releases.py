@@ -173,7 +173,7 @@ def _environment(result: dict[str, Any]) -> tuple[str, ...]:
 
 def _requirements(result: dict[str, Any]) -> tuple[str, list[str]]:
     """Return a release's series and what its environment needs beside it, from tests/nova/releases."""
-    lines = (_RELEASES / f"{_number(result)}.txt").read_text().splitlines()
+    lines = (_RELEASES / f"nova-{_number(result)}.txt").read_text().splitlines()
     series = re.findall(r"\d{4}\.\d", lines[0])[0]
     return series, [line for line in lines if not line.startswith(("#", "nova=="))]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import loop_filesystem
 from oslo_utils import units
 import pytest
+import tools_needed
 
 from e2e import guest_image
 from e2e import isolation
@@ -84,13 +85,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def _tools() -> None:
-    """Skip where these tests cannot run; in CI that is a failure."""
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    if os.geteuid():
-        missing.append("root, for mount")
-    if missing:
-        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        stop(f"needs {', '.join(missing)}")
+    tools_needed.require(_TOOLS)
 
 
 @pytest.fixture(scope="session")

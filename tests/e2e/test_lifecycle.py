@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import json
 import pathlib
-import subprocess
 from typing import TYPE_CHECKING
 
+import images
 from oslo_utils import units
 from oslo_utils.imageutils import format_inspector
 import pytest
@@ -26,7 +25,7 @@ FOUND = f"vda reads back, {units.Gi} bytes of round 2"
 DONE = "done, 0 failed"
 
 
-def test_a_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_filesystem: Callable[[], None]) -> None:
+def test_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_filesystem: Callable[[], None]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1, swap=64), before_launch=fill_filesystem)
     assert server.wait_for_guest()[-1] == DONE
@@ -37,13 +36,13 @@ def test_a_hard_reboot_needs_no_space(start_cloud: Callable[..., Cloud], fill_fi
     for name, disk in server.launch.disks.items():
         assert disk.state == "preallocated"
         assert disk.file_size == written[name].file_size
-        assert disk.modified == written[name].modified
+        assert disk.stamp.modified == written[name].stamp.modified
     said = server.wait_for_guest()
     assert FOUND in said
     assert said[-1] == DONE
 
 
-def test_a_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Callable[..., Cloud]) -> None:
+def test_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1, swap=64))
     assert server.wait_for_guest()[-1] == DONE
@@ -60,7 +59,7 @@ def test_a_resized_disk_is_preallocated_before_its_guest_sees_it(start_cloud: Ca
     assert {disk.state for disk in server.disks().values()} == {"preallocated"}
 
 
-def test_a_snapshot_is_an_image_like_any_other(
+def test_snapshot_is_an_image_like_any_other(
     start_cloud: Callable[..., Cloud], guest: guest_image.GuestImage, tmp_path: pathlib.Path
 ) -> None:
     cloud = start_cloud()
@@ -77,19 +76,19 @@ def test_a_snapshot_is_an_image_like_any_other(
         assert inspector is not None
         assert str(inspector) == "qcow2"
         inspector.safety_check()
-        info = json.loads(_run("qemu-img", "info", "--output=json", snapshot))
+        info = images.info(snapshot)
         assert not info["format-specific"]["data"]["extended-l2"]
         assert "backing-filename" not in info
         # And it has all that the guest wrote.
         content = tmp_path / image
-        _run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", snapshot, content)
-        assert f"reads back, {units.Gi} bytes of round 2" in _run(guest.whole_disk, "check", content)
+        images.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", snapshot, content)
+        assert f"reads back, {units.Gi} bytes of round 2" in images.run(guest.whole_disk, "check", content)
     # The disk itself is what it was.
     assert server.disks()["vda"].state == "preallocated"
     assert server.launch.disks["vda"].file_size == server.disks()["vda"].file_size
 
 
-def test_a_rescue_disk_is_nova_s_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
+def test_rescue_disk_is_novas_own_and_the_rescued_disk_stays_as_it_is(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1))
     assert server.wait_for_guest()[-1] == DONE
@@ -113,7 +112,7 @@ def test_a_rescue_disk_is_nova_s_own_and_the_rescued_disk_stays_as_it_is(start_c
 
 
 @pytest.mark.parametrize("images_type", ["qcow2", "raw"])
-def test_a_build_without_space_is_sent_to_another_host_and_leaves_no_file(
+def test_build_without_space_is_sent_to_another_host_and_leaves_no_file(
     start_cloud: Callable[..., Cloud],
     fill_filesystem: Callable[[], None],
     instances_path: pathlib.Path,
@@ -127,9 +126,3 @@ def test_a_build_without_space_is_sent_to_another_host_and_leaves_no_file(
     # Which it would not have been, had Nova given up at the first host.
     assert "was re-scheduled: " in cloud.log()
     assert [path.name for path in instances_path.iterdir() if path.is_dir() and "-" in path.name] == []
-
-
-def _run(*argv: object) -> str:
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

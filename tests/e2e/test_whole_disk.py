@@ -26,7 +26,7 @@ def room() -> int:
 @pytest.mark.parametrize(
     ("filesystem", "images_type"), [("ext4", "qcow2"), ("xfs", "qcow2"), ("xfs", "raw")], indirect=["filesystem"]
 )
-def test_a_guest_fills_its_disks_though_the_filesystem_is_full(
+def test_guest_fills_its_disks_though_the_filesystem_is_full(
     start_cloud: Callable[..., Cloud], fill_filesystem: Callable[[], None], images_type: str
 ) -> None:
     cloud = start_cloud(libvirt__images_type=images_type)
@@ -43,13 +43,13 @@ def test_a_guest_fills_its_disks_though_the_filesystem_is_full(
     assert server.status() == "ACTIVE"
 
 
-def test_a_guest_changes_no_block_of_a_disk_that_was_written_for_it(start_cloud: Callable[..., Cloud]) -> None:
+def test_guest_changes_no_block_of_a_disk_that_was_written_for_it(start_cloud: Callable[..., Cloud]) -> None:
     cloud = start_cloud()
     server = cloud.boot(cloud.image(), cloud.flavor(root=1, extra_specs={"imgprealloc:mode": "full"}))
     assert server.wait_for_guest()[-1] == "done, 0 failed"
     before, after = server.launch.disks["vda"], server.disks()["vda"]
     assert before.state == "preallocated"
-    assert after == dataclasses.replace(before, in_use=True, modified=after.modified)
+    assert after == dataclasses.replace(before, in_use=True, stamp=after.stamp)
 
 
 @pytest.mark.parametrize(

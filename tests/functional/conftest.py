@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the disks of these tests are: real filesystems on loop devices, each mounted once."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
-import os
 import pathlib
 import shutil
 import tempfile
 
+import images
 import loop_filesystem
 import pytest
-
-from functional import images
+import tools_needed
 
 MiB = 1 << 20
 
-TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", "mkfs.ext4", "mkfs.ext2", "mkfs.xfs", "mkfs.btrfs")
+TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", *loop_filesystem.TOOLS)
 
 # Sparse, so that what is not used costs nothing.
 SIZES = {
@@ -27,23 +30,17 @@ SIZES = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tools():
-    """Skip where these tests cannot run; in CI that is a failure."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if os.geteuid():
-        missing.append("root, for mount")
-    if missing:
-        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        stop(f"needs {', '.join(missing)}")
+def _tools() -> None:
+    tools_needed.require(TOOLS)
 
 
 @pytest.fixture(scope="session")
-def mount_point_of(_tools):
+def mount_point_of(_tools: None) -> Iterator[Callable[[str], pathlib.Path]]:
     """Give the mount point of a kind of filesystem, mounted when it is first asked for."""
     mounted = {}
     with contextlib.ExitStack() as stack:
 
-        def mount_point_of(kind):
+        def mount_point_of(kind: str) -> pathlib.Path:
             if kind not in mounted:
                 mounted[kind] = pathlib.Path(stack.enter_context(loop_filesystem.mounted(kind, SIZES[kind])))
             return mounted[kind]
@@ -52,13 +49,13 @@ def mount_point_of(_tools):
 
 
 @pytest.fixture
-def kind():
+def kind() -> str:
     """Name the filesystem that folder is on; tests parametrize it."""
     return "ext4"
 
 
 @pytest.fixture
-def folder(mount_point_of, kind):
+def folder(mount_point_of: Callable[[str], pathlib.Path], kind: str) -> Iterator[pathlib.Path]:
     """Give an empty folder on a filesystem with plenty of space."""
     folder = pathlib.Path(tempfile.mkdtemp(dir=mount_point_of(kind)))
     yield folder
@@ -66,13 +63,13 @@ def folder(mount_point_of, kind):
 
 
 @pytest.fixture
-def tight(kind):
+def tight(kind: str) -> Iterator[pathlib.Path]:
     """Give a small filesystem of its own to a test that fills it, new because XFS remembers having been full."""
     with loop_filesystem.mounted(kind, 300 * MiB) as mount_point:
         yield pathlib.Path(mount_point)
 
 
 @pytest.fixture
-def base(folder):
+def base(folder: pathlib.Path) -> pathlib.Path:
     """Give a raw base image of 24 MiB without a zero in it."""
     return images.random_file(folder / "base.raw", 24 * MiB)

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command as an operator types it, in a process of its own, on real disks."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 import json
 import os
+import pathlib
 import subprocess
 import sys
+from typing import Any
 
+import images
 import pytest
-
-from functional import images
 
 MiB = 1 << 20
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
 
 @pytest.fixture
-def imgprealloc(folder):
+def imgprealloc(folder: pathlib.Path) -> Command:
     """Give a function that runs the command in the disks' folder."""
 
-    def imgprealloc(*argv):
+    def imgprealloc(*argv: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "imgprealloc.cli", *map(str, argv)],
             capture_output=True, text=True, check=False, cwd=folder, timeout=30,
@@ -26,14 +32,16 @@ def imgprealloc(folder):
     return imgprealloc
 
 
-def shown(done):
+def shown(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """Return what a command with -f json has shown of its one disk."""
     assert done.returncode == 0, done.stderr
     (disk,) = json.loads(done.stdout)
-    return disk
+    return dict(disk)
 
 
-def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(imgprealloc, folder, base):
+def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(
+    imgprealloc: Command, folder: pathlib.Path, base: pathlib.Path
+) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
 
@@ -55,7 +63,9 @@ def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(imgpre
     }
 
 
-def test_create_allocate_and_resize_end_with_preallocated_disks(imgprealloc, folder, base):
+def test_create_allocate_and_resize_end_with_preallocated_disks(
+    imgprealloc: Command, folder: pathlib.Path, base: pathlib.Path
+) -> None:
     images.qcow2(folder / "novas", 32 * MiB, backing=base)
 
     states = [
@@ -73,7 +83,7 @@ def test_create_allocate_and_resize_end_with_preallocated_disks(imgprealloc, fol
     assert not images.differences(folder / "ours", folder / "novas")
 
 
-def test_check_of_a_thin_disk_ends_with_3(imgprealloc, folder):
+def test_check_of_a_thin_disk_ends_with_3(imgprealloc: Command, folder: pathlib.Path) -> None:
     images.sparse_file(folder / "disk", 8 * MiB)
 
     done = imgprealloc("show", "--check", "-f", "value", "-c", "state", "disk")
@@ -81,7 +91,9 @@ def test_check_of_a_thin_disk_ends_with_3(imgprealloc, folder):
     assert (done.returncode, done.stdout) == (3, "thin\n")
 
 
-def test_path_that_cannot_be_read_ends_with_1_after_the_rest_is_shown(imgprealloc, folder):
+def test_path_that_cannot_be_read_ends_with_1_after_the_rest_is_shown(
+    imgprealloc: Command, folder: pathlib.Path
+) -> None:
     images.sparse_file(folder / "disk", 8 * MiB)
 
     done = imgprealloc("show", "--check", "-f", "value", "-c", "path", "missing", ".", "disk")
@@ -89,13 +101,13 @@ def test_path_that_cannot_be_read_ends_with_1_after_the_rest_is_shown(imgpreallo
     assert (done.returncode, done.stdout) == (1, "disk\n")
 
 
-def test_cluster_size_that_there_is_not_ends_with_2(imgprealloc, folder):
+def test_cluster_size_that_there_is_not_ends_with_2(imgprealloc: Command, folder: pathlib.Path) -> None:
     done = imgprealloc("create", "--overlay-cluster-size", "4K", "disk", "8M")
 
     assert (done.returncode, os.listdir(folder)) == (2, [])
 
 
-def test_raw_disk_that_a_guest_wrote_a_qcow2_header_to_stays_raw(imgprealloc, folder):
+def test_raw_disk_that_a_guest_wrote_a_qcow2_header_to_stays_raw(imgprealloc: Command, folder: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 1024 * MiB)
     os.truncate(disk, 8 * MiB)
     before = images.file_digest(disk)
@@ -108,7 +120,7 @@ def test_raw_disk_that_a_guest_wrote_a_qcow2_header_to_stays_raw(imgprealloc, fo
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc, folder, linked):
+def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc: Command, folder: pathlib.Path, linked: bool) -> None:
     images.sparse_file(folder / "disk", 8 * MiB)
     os.mkfifo(folder / ("fifo" if linked else "disk.info"))
     if linked:

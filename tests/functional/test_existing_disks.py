@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that hold data before we come: what a guest reads never changes, whatever is done for their space."""
 
+from __future__ import annotations
+
 import os
+import pathlib
 import shutil
 
+import images
 import pytest
 
-from functional import images
+from functional import kinds
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 
 KiB, MiB = 1 << 10, 1 << 20
 
 
-def used(path, base, **options):
+def used(path: pathlib.Path, base: images.StrPath) -> pathlib.Path:
     """Make an overlay that a guest has written to here and there."""
-    disk = images.qcow2(path, 32 * MiB, backing=base, **options)
+    disk = images.qcow2(path, 32 * MiB, backing=base)
     images.qemu_io(
         disk,
         "write -P 0x11 0 512",
@@ -26,18 +31,18 @@ def used(path, base, **options):
 
 
 @pytest.fixture
-def disk(folder, base):
+def disk(folder: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     return used(folder / "disk", base)
 
 
 @pytest.fixture
-def copy(disk, folder):
+def copy(disk: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Give a copy of the disk as it was, to compare with."""
     return shutil.copyfile(disk, folder / "copy")
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_disk_with_data_is_reserved(disk, mode):
+def test_disk_with_data_is_reserved(disk: pathlib.Path, mode: Mode) -> None:
     image = Preallocator(mode).preallocate(disk, format="qcow2")
 
     assert (image.state, image.shortfall) == ("reserved", 0)
@@ -45,37 +50,41 @@ def test_disk_with_data_is_reserved(disk, mode):
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_disk_with_data_reads_the_same_afterwards(disk, copy, mode, rewrite):
-    Preallocator(mode).preallocate(disk, rewrite, format="qcow2")
+def test_disk_with_data_reads_the_same_afterwards(
+    disk: pathlib.Path, copy: pathlib.Path, mode: Mode, rewrite: bool
+) -> None:
+    Preallocator(mode).preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
-def test_disk_that_has_to_stay_in_place_is_the_same_file_afterwards(folder, base, written, rewrite):
+def test_disk_that_has_to_stay_in_place_is_the_same_file_afterwards(
+    folder: pathlib.Path, base: pathlib.Path, written: bool, rewrite: bool
+) -> None:
     path = used(folder / "disk", base) if written else images.qcow2(folder / "disk", 32 * MiB, backing=base)
     before = os.stat(path).st_ino, images.file_digest(path)
 
-    image = Preallocator().preallocate(path, rewrite, in_place=True, format="qcow2")
+    image = Preallocator().preallocate(path, existing="reserve", format="qcow2")
 
     assert (image.state, image.shortfall) == ("reserved", 0)
     assert (os.stat(path).st_ino, images.file_digest(path)) == before
 
 
-def test_reserving_leaves_the_file_byte_for_byte(disk, copy):
+def test_reserving_leaves_the_file_byte_for_byte(disk: pathlib.Path, copy: pathlib.Path) -> None:
     Preallocator().preallocate(disk, format="qcow2")
 
     assert images.file_digest(disk) == images.file_digest(copy)
 
 
-def test_reserved_disk_has_the_space_of_its_worst_case(disk):
+def test_reserved_disk_has_the_space_of_its_worst_case(disk: pathlib.Path) -> None:
     image = Preallocator().preallocate(disk, format="qcow2")
 
     assert images.allocated(disk) >= image.worst_case_size > 32 * MiB
 
 
-def test_reserving_again_writes_nothing(disk):
+def test_reserving_again_writes_nothing(disk: pathlib.Path) -> None:
     Preallocator().preallocate(disk, format="qcow2")
     before = images.identity(disk)
 
@@ -84,7 +93,7 @@ def test_reserving_again_writes_nothing(disk):
     assert images.identity(disk) == before
 
 
-def test_mode_metadata_leaves_a_disk_with_data_alone(disk):
+def test_mode_metadata_leaves_a_disk_with_data_alone(disk: pathlib.Path) -> None:
     before = images.identity(disk)
 
     Preallocator("metadata").preallocate(disk, format="qcow2")
@@ -93,95 +102,95 @@ def test_mode_metadata_leaves_a_disk_with_data_alone(disk):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_rewritten_disk_has_every_cluster_mapped(disk, mode):
-    Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+def test_rewritten_disk_has_every_cluster_mapped(disk: pathlib.Path, mode: Mode) -> None:
+    Preallocator(mode).preallocate(disk, existing="rewrite", format="qcow2")
 
     found = images.check(disk)
     assert found["allocated-clusters"] == found["total-clusters"]
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_rewriting_gives_the_state_that_the_mode_promises(disk, mode):
-    image = Preallocator(mode).preallocate(disk, rewrite=True, format="qcow2")
+def test_rewriting_gives_the_state_that_the_mode_promises(disk: pathlib.Path, mode: Mode) -> None:
+    image = Preallocator(mode).preallocate(disk, existing="rewrite", format="qcow2")
 
     assert image.state == ("mapped" if mode == "metadata" else "preallocated")
 
 
-def test_rewritten_disk_keeps_its_base(disk, base):
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+def test_rewritten_disk_keeps_its_base(disk: pathlib.Path, base: pathlib.Path) -> None:
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.backing_format) == (str(base), "raw")
 
 
-def test_relative_name_of_the_base_stays_relative_when_rewritten(folder, base):
+def test_relative_name_of_the_base_stays_relative_when_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = used(folder / "disk", base.name)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.state) == (base.name, "preallocated")
 
 
-def test_rewriting_again_writes_nothing(disk):
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+def test_rewriting_again_writes_nothing(disk: pathlib.Path) -> None:
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     before = images.identity(disk)
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert images.identity(disk) == before
 
 
-def test_reserved_disk_can_still_be_rewritten(disk, copy):
+def test_reserved_disk_can_still_be_rewritten(disk: pathlib.Path, copy: pathlib.Path) -> None:
     Preallocator().preallocate(disk, format="qcow2")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
 
 @pytest.mark.parametrize("base_size", [8 * MiB + 300, 24 * MiB + 512, 40 * MiB, 0])
-def test_rewritten_disk_over_an_odd_base_reads_the_same(folder, base_size):
+def test_rewritten_disk_over_an_odd_base_reads_the_same(folder: pathlib.Path, base_size: int) -> None:
     base = images.random_file(folder / "odd.raw", base_size)
     disk = used(folder / "disk", base)
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert not images.differences(disk, copy)
 
 
-def test_rewritten_disk_of_an_odd_size_reads_the_same(folder, base):
+def test_rewritten_disk_of_an_odd_size_reads_the_same(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 20 * MiB + 512, backing=base)
     images.qemu_io(disk, f"write -P 0x55 {20 * MiB} 512")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert not images.differences(disk, copy)
 
 
-def test_disk_without_a_base_is_rewritten(folder, base):
+def test_disk_without_a_base_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2_of(folder / "disk", base)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, base, other_format="raw")) == ("preallocated", "")
 
 
-def test_rewriting_in_mode_falloc_writes_no_more_than_was_written(folder):
+def test_rewriting_in_mode_falloc_writes_no_more_than_was_written(folder: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 256 * MiB)
     images.qemu_io(disk, "write -P 0x11 3M 1M")
 
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert images.unwritten(disk) >= 250 * MiB
 
 
-def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder):
+def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB)
     images.qemu_io(disk, "write -P 0x11 3M 1M")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
@@ -191,7 +200,7 @@ def test_disk_whose_sparse_parts_hold_nothing_is_rewritten(folder):
 
 
 @pytest.mark.parametrize("where", ["0 64k", "3M 1M", "0 32M", f"{32 * MiB - 64 * KiB} 64k"])
-def test_check_takes_zeroed_clusters_for_nothing(folder, base, where):
+def test_check_takes_zeroed_clusters_for_nothing(folder: pathlib.Path, base: pathlib.Path, where: str) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
 
     images.qemu_io(disk, f"write -z {where}")
@@ -201,38 +210,42 @@ def test_check_takes_zeroed_clusters_for_nothing(folder, base, where):
 
 @pytest.mark.parametrize("where", ["0 64k", "3M 1M", "0 32M", "31M 1M"])
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_zeroed_clusters_keep_hiding_the_base(folder, base, where, rewrite):
+def test_zeroed_clusters_keep_hiding_the_base(
+    folder: pathlib.Path, base: pathlib.Path, where: str, rewrite: bool
+) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, f"write -z {where}")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
 
 @pytest.mark.parametrize("write", ["write -z 3M 1M", "write -z 0 32M", "write -P 0 3M 1M"])
-def test_clusters_of_zeros_are_mapped_when_the_disk_is_rewritten(folder, base, write):
+def test_clusters_of_zeros_are_mapped_when_the_disk_is_rewritten(
+    folder: pathlib.Path, base: pathlib.Path, write: str
+) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, write)
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, image.mapped_clusters) == ("preallocated", image.clusters)
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_zeroed_subclusters_keep_hiding_the_base(folder, base, rewrite):
+def test_zeroed_subclusters_keep_hiding_the_base(folder: pathlib.Path, base: pathlib.Path, rewrite: bool) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base, extended_l2="on", cluster_size=128 * KiB)
     images.qemu_io(disk, "write -z 3M 4k", "write -z 5M 8k")
     copy = shutil.copyfile(disk, folder / "copy")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert not images.differences(disk, copy)
 
 
-def test_zeroed_clusters_in_a_preallocated_overlay_stay_preallocated(folder, base):
+def test_zeroed_clusters_in_a_preallocated_overlay_stay_preallocated(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     images.qemu_io(folder / "disk", "write -z 3M 1M")
@@ -240,7 +253,7 @@ def test_zeroed_clusters_in_a_preallocated_overlay_stay_preallocated(folder, bas
     assert Preallocator().inspect(folder / "disk", format="qcow2").state == "preallocated"
 
 
-def test_discarded_clusters_are_seen(folder, base):
+def test_discarded_clusters_are_seen(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 3M 1M", folder / "disk")
@@ -248,13 +261,13 @@ def test_discarded_clusters_are_seen(folder, base):
     assert Preallocator().inspect(folder / "disk", format="qcow2").state != "preallocated"
 
 
-def test_discarded_clusters_keep_hiding_the_base(folder, base):
+def test_discarded_clusters_keep_hiding_the_base(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = folder / "disk"
     Preallocator().create(disk, 32 * MiB, str(base), backing_format="raw")
     images.run("qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "discard 3M 1M", disk)
     copy = shutil.copyfile(disk, folder / "copy")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
 
@@ -263,7 +276,7 @@ def test_discarded_clusters_keep_hiding_the_base(folder, base):
 
 
 @pytest.fixture
-def sparse_copy(folder, base):
+def sparse_copy(folder: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     """Give a preallocated overlay that rsync --sparse, say, has made holes in."""
     Preallocator().create(folder / "original", 32 * MiB, str(base), backing_format="raw")
     images.qemu_io(folder / "original", "write -P 0x11 1M 1M", "write -z 3M 1M")
@@ -271,19 +284,19 @@ def sparse_copy(folder, base):
     return folder / "disk"
 
 
-def test_sparse_copy_is_mapped_but_holds_no_space(sparse_copy):
+def test_sparse_copy_is_mapped_but_holds_no_space(sparse_copy: pathlib.Path) -> None:
     assert Preallocator().inspect(sparse_copy, format="qcow2").state == "mapped"
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_sparse_copy_is_healed(sparse_copy, mode):
+def test_sparse_copy_is_healed(sparse_copy: pathlib.Path, mode: Mode) -> None:
     image = Preallocator(mode).preallocate(sparse_copy, format="qcow2")
 
     assert (image.state, images.allocated(sparse_copy) >= image.file_size) == ("preallocated", True)
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_healing_changes_no_byte_of_the_file(sparse_copy, folder, mode):
+def test_healing_changes_no_byte_of_the_file(sparse_copy: pathlib.Path, folder: pathlib.Path, mode: Mode) -> None:
     before = images.file_digest(folder / "original")
 
     Preallocator(mode).preallocate(sparse_copy, format="qcow2")
@@ -291,7 +304,7 @@ def test_healing_changes_no_byte_of_the_file(sparse_copy, folder, mode):
     assert images.file_digest(sparse_copy) == before
 
 
-def test_healed_disk_is_the_same_file(sparse_copy):
+def test_healed_disk_is_the_same_file(sparse_copy: pathlib.Path) -> None:
     before = sparse_copy.stat().st_ino
 
     Preallocator().preallocate(sparse_copy, format="qcow2")
@@ -299,8 +312,8 @@ def test_healed_disk_is_the_same_file(sparse_copy):
     assert sparse_copy.stat().st_ino == before
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder, base):
+@kinds.with_reflinks
+def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
 
@@ -309,8 +322,8 @@ def test_reflinked_overlay_is_mapped_and_short_of_what_it_shares(folder, base):
     assert (image.state, image.shortfall >= 32 * MiB) == ("mapped", True)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_overlay_is_unshared(folder, base):
+@kinds.with_reflinks
+def test_reflinked_overlay_is_unshared(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 32 * MiB, str(base), backing_format="raw")
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
 
@@ -319,8 +332,8 @@ def test_reflinked_overlay_is_unshared(folder, base):
     assert (image.state, images.shared(folder / "disk")) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder, base):
+@kinds.with_reflinks
+def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder: pathlib.Path, base: pathlib.Path) -> None:
     used(folder / "original", base)
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
 
@@ -333,15 +346,15 @@ def test_reflinked_disk_with_data_is_unshared_when_it_is_reserved(folder, base):
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_internal_snapshot_is_kept(disk, rewrite):
+def test_internal_snapshot_is_kept(disk: pathlib.Path, rewrite: bool) -> None:
     images.run("qemu-img", "snapshot", "-c", "kept", disk)
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert [snapshot["name"] for snapshot in images.info(disk)["snapshots"]] == ["kept"]
 
 
-def test_internal_snapshot_of_a_disk_without_data_is_kept(folder, base):
+def test_internal_snapshot_of_a_disk_without_data_is_kept(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.run("qemu-img", "snapshot", "-c", "kept", disk)
 
@@ -350,7 +363,7 @@ def test_internal_snapshot_of_a_disk_without_data_is_kept(folder, base):
     assert [snapshot["name"] for snapshot in images.info(disk)["snapshots"]] == ["kept"]
 
 
-def test_disk_with_an_internal_snapshot_is_never_called_preallocated(folder, base):
+def test_disk_with_an_internal_snapshot_is_never_called_preallocated(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     images.run("qemu-img", "snapshot", "-c", "kept", folder / "disk")
 
@@ -360,15 +373,15 @@ def test_disk_with_an_internal_snapshot_is_never_called_preallocated(folder, bas
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
-def test_dirty_bitmap_is_kept(disk, rewrite):
+def test_dirty_bitmap_is_kept(disk: pathlib.Path, rewrite: bool) -> None:
     images.run("qemu-img", "bitmap", "-f", "qcow2", "--add", disk, "kept")
 
-    Preallocator().preallocate(disk, rewrite, format="qcow2")
+    Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert [found["name"] for found in images.info(disk)["format-specific"]["data"]["bitmaps"]] == ["kept"]
 
 
-def test_dirty_bitmap_of_a_disk_without_data_is_kept(folder, base):
+def test_dirty_bitmap_of_a_disk_without_data_is_kept(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.run("qemu-img", "bitmap", "-f", "qcow2", "--add", disk, "kept")
 
@@ -377,7 +390,7 @@ def test_dirty_bitmap_of_a_disk_without_data_is_kept(folder, base):
     assert [found["name"] for found in images.info(disk)["format-specific"]["data"]["bitmaps"]] == ["kept"]
 
 
-def test_compressed_clusters_are_not_called_mapped(folder, base):
+def test_compressed_clusters_are_not_called_mapped(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2_of(folder / "disk", images.sparse_file(folder / "zeros", 0), "-c")
     images.run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", _compressible(folder), disk)
 
@@ -387,16 +400,16 @@ def test_compressed_clusters_are_not_called_mapped(folder, base):
 
 
 @pytest.mark.parametrize(("rewrite", "state"), [(False, "reserved"), (True, "preallocated")])
-def test_compressed_disk_reads_the_same(folder, rewrite, state):
+def test_compressed_disk_reads_the_same(folder: pathlib.Path, rewrite: bool, state: str) -> None:
     source = _compressible(folder)
     disk = images.qcow2_of(folder / "disk", source, "-c")
 
-    image = Preallocator().preallocate(disk, rewrite, format="qcow2")
+    image = Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
     assert (image.state, images.differences(disk, source, other_format="raw")) == (state, "")
 
 
-def _compressible(folder):
+def _compressible(folder: pathlib.Path) -> pathlib.Path:
     path = folder / "compressible"
     path.write_bytes(b"compress me " * (8 * MiB // 12) + b"tail" * 2)
     return path

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each filesystem can promise, and what becomes of a disk where it can promise nothing."""
 
+from __future__ import annotations
+
 import array
+from collections.abc import Callable
 import fcntl
 import os
+import pathlib
 
+import images
 import pytest
 
-from functional import images
+from functional import kinds
+from imgprealloc import Mode
+from imgprealloc import OnUnsupported
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -16,10 +23,10 @@ KiB, MiB = 1 << 10, 1 << 20
 FS_IOC_GETFLAGS = 0x80086601
 NOCOW = 0x00800000
 
-HOLD_SPACE = ["ext4", "xfs", "btrfs", "tmpfs"]
+Operation = Callable[[Preallocator, pathlib.Path], object]
 
 
-def nocow(path):
+def nocow(path: pathlib.Path) -> bool:
     """Whether btrfs writes to this file in place."""
     flags = array.array("l", [0])
     with open(path, "rb") as file:
@@ -30,10 +37,10 @@ def nocow(path):
 # Where space can be held.
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_new_disk_is_preallocated(folder, format, mode):
+def test_new_disk_is_preallocated(folder: pathlib.Path, format: str, mode: Mode) -> None:
     image = Preallocator(mode).create(folder / "disk", 32 * MiB, format=format)
 
     assert (image.state, image.shortfall, images.allocated(folder / "disk") >= image.file_size) == (
@@ -43,9 +50,9 @@ def test_new_disk_is_preallocated(folder, format, mode):
     )
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_overlay_is_clean_and_reads_its_base(folder, base, mode):
+def test_overlay_is_clean_and_reads_its_base(folder: pathlib.Path, base: pathlib.Path, mode: Mode) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
 
     Preallocator(mode).preallocate(disk, format="qcow2")
@@ -53,8 +60,8 @@ def test_overlay_is_clean_and_reads_its_base(folder, base, mode):
     assert (images.check(disk)["check-errors"], images.differences(disk, plain)) == (0, "")
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
-def test_second_call_writes_nothing(folder, base):
+@kinds.with_fallocate
+def test_second_call_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
 
@@ -63,9 +70,9 @@ def test_second_call_writes_nothing(folder, base):
     assert images.identity(folder / "disk") == before
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
+@kinds.with_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_grown_disk_is_preallocated(folder, format):
+def test_grown_disk_is_preallocated(folder: pathlib.Path, format: str) -> None:
     Preallocator().create(folder / "disk", 16 * MiB, format=format)
 
     image = Preallocator().resize(folder / "disk", 32 * MiB, format=format)
@@ -73,19 +80,19 @@ def test_grown_disk_is_preallocated(folder, format):
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", HOLD_SPACE)
-def test_disk_with_data_is_rewritten(folder, base):
+@kinds.with_fallocate
+def test_disk_with_data_is_rewritten(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     for either in (disk, plain):
         images.qemu_io(either, "write -P 0x5a 3M 1M")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
 
 
 @pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
-def test_disk_with_data_is_reserved(folder, base):
+def test_disk_with_data_is_reserved(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
 
@@ -95,7 +102,7 @@ def test_disk_with_data_is_reserved(folder, base):
 
 
 @pytest.mark.parametrize("kind", ["xfs", "tmpfs"])
-def test_holes_of_a_raw_disk_are_filled(folder):
+def test_holes_of_a_raw_disk_are_filled(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
 
     image = Preallocator().preallocate(disk, format="raw")
@@ -106,20 +113,17 @@ def test_holes_of_a_raw_disk_are_filled(folder):
 # btrfs copies on write, but for files that were made otherwise.
 
 
-btrfs = pytest.mark.parametrize("kind", ["btrfs"])
-
-
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_new_disk_on_btrfs_is_not_copied_on_write(folder, format, mode):
+def test_new_disk_on_btrfs_is_not_copied_on_write(folder: pathlib.Path, format: str, mode: Mode) -> None:
     Preallocator(mode).create(folder / "disk", 16 * MiB, format=format)
 
     assert nocow(folder / "disk")
 
 
-@btrfs
-def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder, base):
+@kinds.copying_on_write
+def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
 
     Preallocator().preallocate(disk, format="qcow2")
@@ -127,9 +131,9 @@ def test_novas_overlay_on_btrfs_is_no_longer_copied_on_write(folder, base):
     assert nocow(disk)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder, format):
+def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder: pathlib.Path, format: str) -> None:
     options = ["-o", "preallocation=full"]
     images.run("qemu-img", "create", "-q", "-f", format, *options, folder / "disk", 16 * MiB)
 
@@ -138,9 +142,9 @@ def test_disk_that_is_copied_on_write_is_never_called_preallocated(folder, forma
     assert (image.state, image.shortfall) == ("thin" if format == "raw" else "mapped", image.worst_case_size)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_cannot_be_reserved(folder, format):
+def test_disk_that_is_copied_on_write_cannot_be_reserved(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
 
@@ -148,15 +152,15 @@ def test_disk_that_is_copied_on_write_cannot_be_reserved(folder, format):
         Preallocator().preallocate(folder / "disk", format=format)
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_disk_that_is_copied_on_write_is_rewritten(folder, format, mode):
+def test_disk_that_is_copied_on_write_is_rewritten(folder: pathlib.Path, format: str, mode: Mode) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
     before = images.digest(folder / "disk", format)
 
-    image = Preallocator(mode).preallocate(folder / "disk", rewrite=True, format=format)
+    image = Preallocator(mode).preallocate(folder / "disk", existing="rewrite", format=format)
 
     assert (image.state, nocow(folder / "disk"), images.digest(folder / "disk", format)) == (
         "preallocated",
@@ -165,9 +169,9 @@ def test_disk_that_is_copied_on_write_is_rewritten(folder, format, mode):
     )
 
 
-@btrfs
+@kinds.copying_on_write
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_mode_metadata_leaves_a_disk_with_data_alone(folder, format):
+def test_mode_metadata_leaves_a_disk_with_data_alone(folder: pathlib.Path, format: str) -> None:
     images.run("qemu-img", "create", "-q", "-f", format, folder / "disk", 16 * MiB)
     images.qemu_io(folder / "disk", "write -P 0x5a 3M 1M", format=format)
     before = images.identity(folder / "disk")
@@ -177,8 +181,8 @@ def test_mode_metadata_leaves_a_disk_with_data_alone(folder, format):
     assert images.identity(folder / "disk") == before
 
 
-@btrfs
-def test_reflinked_disk_on_btrfs_is_not_preallocated(folder):
+@kinds.copying_on_write
+def test_reflinked_disk_on_btrfs_is_not_preallocated(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     # A reflink wants both to be nocow, or neither.
     images.run("chattr", "+C", folder)
@@ -187,13 +191,14 @@ def test_reflinked_disk_on_btrfs_is_not_preallocated(folder):
     assert Preallocator().inspect(folder / "disk", format="raw").state == "thin"
 
 
-@btrfs
-def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder):
+@kinds.copying_on_write
+def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "original", 16 * MiB, format="raw")
     images.run("chattr", "+C", folder)
     images.run("cp", "--reflink=always", folder / "original", folder / "disk")
     before = images.file_digest(folder / "disk")
 
+    state: str
     try:
         state = Preallocator().preallocate(folder / "disk", format="raw").state
     except exceptions.PreallocationError:
@@ -205,34 +210,33 @@ def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder):
 # ext2 has no fallocate.
 
 
-ext2 = pytest.mark.parametrize("kind", ["ext2"])
-
-
-@ext2
-def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder, base):
+@kinds.without_fallocate
+def test_overlay_is_at_least_mapped_where_space_cannot_be_held(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall > 0) == ("mapped", True)
 
 
-@ext2
-def test_fallback_to_metadata_does_not_write_the_disk(folder, base):
+@kinds.without_fallocate
+def test_fallback_to_metadata_does_not_write_the_disk(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 256 * MiB, str(base), backing_format="raw")
 
     assert images.allocated(folder / "disk") < 2 * MiB
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_fallback_to_full_gives_a_new_disk_all_its_space(folder, format):
+def test_fallback_to_full_gives_a_new_disk_all_its_space(folder: pathlib.Path, format: str) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 16 * MiB, format=format)
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("on_unsupported", ["metadata", "full"])
-def test_fallback_lets_the_base_show_through(folder, base, on_unsupported):
+def test_fallback_lets_the_base_show_through(
+    folder: pathlib.Path, base: pathlib.Path, on_unsupported: OnUnsupported
+) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
 
     Preallocator(on_unsupported=on_unsupported).preallocate(disk, format="qcow2")
@@ -240,15 +244,15 @@ def test_fallback_lets_the_base_show_through(folder, base, on_unsupported):
     assert not images.differences(disk, plain)
 
 
-@ext2
-def test_fallback_to_full_gives_an_overlay_all_its_space(folder, base):
+@kinds.without_fallocate
+def test_fallback_to_full_gives_an_overlay_all_its_space(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator(on_unsupported="full").create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
-def test_mode_full_needs_no_fallback(folder, base):
+@kinds.without_fallocate
+def test_mode_full_needs_no_fallback(folder: pathlib.Path, base: pathlib.Path) -> None:
     image = Preallocator("full", on_unsupported="error").create(
         folder / "disk", 32 * MiB, str(base), backing_format="raw"
     )
@@ -256,8 +260,8 @@ def test_mode_full_needs_no_fallback(folder, base):
     assert image.state == "preallocated"
 
 
-@ext2
-def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder):
+@kinds.without_fallocate
+def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder: pathlib.Path) -> None:
     disk = images.random_file(folder / "disk", MiB)
     os.truncate(disk, 16 * MiB)
     before = images.file_digest(disk)
@@ -267,8 +271,8 @@ def test_fallback_to_full_fills_the_holes_of_a_raw_disk(folder):
     assert (image.state, images.file_digest(disk)) == ("preallocated", before)
 
 
-@ext2
-def test_fallback_to_full_heals_a_mapped_overlay(folder, base):
+@kinds.without_fallocate
+def test_fallback_to_full_heals_a_mapped_overlay(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk, plain = (images.qcow2(folder / name, 32 * MiB, backing=base) for name in ("disk", "plain"))
     Preallocator("metadata").preallocate(disk, format="qcow2")
 
@@ -277,9 +281,9 @@ def test_fallback_to_full_heals_a_mapped_overlay(folder, base):
     assert (image.state, images.differences(disk, plain)) == ("preallocated", "")
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_fallback_to_full_grows_a_disk_with_all_its_space(folder, format):
+def test_fallback_to_full_grows_a_disk_with_all_its_space(folder: pathlib.Path, format: str) -> None:
     strategy = Preallocator(on_unsupported="full")
     strategy.create(folder / "disk", 16 * MiB, format=format)
 
@@ -288,8 +292,8 @@ def test_fallback_to_full_grows_a_disk_with_all_its_space(folder, format):
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-@ext2
-def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder, base):
+@kinds.without_fallocate
+def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
     before = images.identity(disk)
@@ -299,8 +303,8 @@ def test_disk_with_data_cannot_be_reserved_and_is_left_alone(folder, base):
     assert (image.state, images.identity(disk)) == ("thin", before)
 
 
-@ext2
-def test_second_call_in_a_fallback_writes_nothing(folder, base):
+@kinds.without_fallocate
+def test_second_call_in_a_fallback_writes_nothing(folder: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 32 * MiB, str(base), backing_format="raw")
     before = images.identity(folder / "disk")
 
@@ -309,7 +313,7 @@ def test_second_call_in_a_fallback_writes_nothing(folder, base):
     assert images.identity(folder / "disk") == before
 
 
-REFUSED = {
+REFUSED: dict[str, Operation] = {
     "create raw": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB, format="raw"),
     "create qcow2": lambda strategy, folder: strategy.create(folder / "new", 16 * MiB),
     "preallocate": lambda strategy, folder: strategy.preallocate(folder / "disk", format="qcow2"),
@@ -317,18 +321,18 @@ REFUSED = {
 }
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
-def test_no_fallback_is_an_error(folder, operation):
+def test_no_fallback_is_an_error(folder: pathlib.Path, operation: Operation) -> None:
     images.qcow2(folder / "disk", 16 * MiB)
 
     with pytest.raises(exceptions.UnsupportedFilesystem, match="ext2"):
         operation(Preallocator(on_unsupported="error"), folder)
 
 
-@ext2
+@kinds.without_fallocate
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
-def test_no_fallback_leaves_everything_as_it_was(folder, operation):
+def test_no_fallback_leaves_everything_as_it_was(folder: pathlib.Path, operation: Operation) -> None:
     disk = images.qcow2(folder / "disk", 16 * MiB)
     before = images.identity(disk)
 
@@ -338,8 +342,8 @@ def test_no_fallback_leaves_everything_as_it_was(folder, operation):
     assert (os.listdir(folder), images.identity(disk)) == (["disk"], before)
 
 
-@ext2
-def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder):
+@kinds.without_fallocate
+def test_no_fallback_is_no_error_for_a_disk_that_has_its_space(folder: pathlib.Path) -> None:
     Preallocator("full").create(folder / "disk", 16 * MiB)
 
     image = Preallocator(on_unsupported="error").preallocate(folder / "disk", format="qcow2")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of files that qemu-img's own syntax would take for something else."""
 
+from __future__ import annotations
+
 import os
 import pathlib
 
+import images
 import pytest
 
-from functional import images
 from imgprealloc import Preallocator
 
 MiB = 1 << 20
@@ -32,14 +34,14 @@ each_name = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 
 
 @pytest.mark.parametrize("name", HARD.values(), ids=HARD)
-def test_overlay_can_have_any_name(folder, base, name):
+def test_overlay_can_have_any_name(folder: pathlib.Path, base: pathlib.Path, name: str) -> None:
     image = Preallocator().create(folder / name, 32 * MiB, str(base), backing_format="raw")
 
     assert (image.state, sorted(os.listdir(folder))) == ("preallocated", sorted(["base.raw", name]))
 
 
 @pytest.mark.parametrize("name", HARD.values(), ids=HARD)
-def test_folder_can_have_any_name(folder, base, name):
+def test_folder_can_have_any_name(folder: pathlib.Path, base: pathlib.Path, name: str) -> None:
     (folder / name).mkdir()
 
     image = Preallocator().create(folder / name / "disk", 32 * MiB, str(base), backing_format="raw")
@@ -48,7 +50,9 @@ def test_folder_can_have_any_name(folder, base, name):
 
 
 @each_name
-def test_disk_in_the_working_folder_can_have_any_name(folder, base, name, monkeypatch):
+def test_disk_in_the_working_folder_can_have_any_name(
+    folder: pathlib.Path, base: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
 
     states = [
@@ -60,7 +64,9 @@ def test_disk_in_the_working_folder_can_have_any_name(folder, base, name, monkey
 
 
 @pytest.mark.parametrize("name", HARD.values(), ids=HARD)
-def test_disk_in_the_working_folder_is_looked_at_by_any_name(folder, name, monkeypatch):
+def test_disk_in_the_working_folder_is_looked_at_by_any_name(
+    folder: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     images.qcow2(folder / name, 8 * MiB)
 
@@ -70,7 +76,9 @@ def test_disk_in_the_working_folder_is_looked_at_by_any_name(folder, name, monke
 
 
 @pytest.mark.parametrize("name", HARD.values(), ids=HARD)
-def test_raw_disk_in_the_working_folder_can_have_any_name(folder, name, monkeypatch):
+def test_raw_disk_in_the_working_folder_can_have_any_name(
+    folder: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
 
     states = [
@@ -84,7 +92,7 @@ def test_raw_disk_in_the_working_folder_can_have_any_name(folder, name, monkeypa
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES.values() if ":" not in name])
-def test_base_can_have_any_name(folder, name):
+def test_base_can_have_any_name(folder: pathlib.Path, name: str) -> None:
     images.random_file(folder / name, 8 * MiB)
     plain = images.qcow2(folder / "plain", 32 * MiB, backing=folder / name)
 
@@ -94,7 +102,7 @@ def test_base_can_have_any_name(folder, name):
 
 
 @pytest.mark.parametrize("name", HARD.values(), ids=HARD)
-def test_base_in_a_folder_can_have_any_name(folder, name):
+def test_base_in_a_folder_can_have_any_name(folder: pathlib.Path, name: str) -> None:
     images.random_file(folder / name, 8 * MiB)
     plain = images.qcow2(folder / "plain", 32 * MiB, backing=folder / name)
 
@@ -104,7 +112,7 @@ def test_base_in_a_folder_can_have_any_name(folder, name):
 
 
 @pytest.mark.parametrize("name", ["a,b.raw", "./nbd:base", "a base"])
-def test_novas_overlay_keeps_the_name_of_its_base(folder, name):
+def test_novas_overlay_keeps_the_name_of_its_base(folder: pathlib.Path, name: str) -> None:
     images.random_file(folder / name, 8 * MiB)
     disk, plain = (images.qcow2(folder / made, 32 * MiB, backing=name) for made in ("disk", "plain"))
 
@@ -114,18 +122,20 @@ def test_novas_overlay_keeps_the_name_of_its_base(folder, name):
 
 
 @pytest.mark.parametrize("name", ["a,b.raw", "./nbd:base", "a base"])
-def test_rewritten_overlay_keeps_the_name_of_its_base(folder, name):
+def test_rewritten_overlay_keeps_the_name_of_its_base(folder: pathlib.Path, name: str) -> None:
     images.random_file(folder / name, 8 * MiB)
     disk, plain = (images.qcow2(folder / made, 32 * MiB, backing=name) for made in ("disk", "plain"))
     for either in (disk, plain):
         images.qemu_io(either, "write -P 0x5a 3M 1M")
 
-    image = Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    image = Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
 
     assert (image.backing_file, image.state, images.differences(disk, plain)) == (name, "preallocated", "")
 
 
-def test_base_of_a_disk_named_from_elsewhere_is_found_beside_the_disk(folder, base, monkeypatch):
+def test_base_of_a_disk_named_from_elsewhere_is_found_beside_the_disk(
+    folder: pathlib.Path, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
 
@@ -134,7 +144,9 @@ def test_base_of_a_disk_named_from_elsewhere_is_found_beside_the_disk(folder, ba
     assert (image.backing_file, image.state) == (base.name, "preallocated")
 
 
-def test_base_of_a_disk_in_another_folder_is_found_from_there(folder, base, monkeypatch):
+def test_base_of_a_disk_in_another_folder_is_found_from_there(
+    folder: pathlib.Path, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "instance").mkdir()
     monkeypatch.chdir(folder)
 
@@ -143,17 +155,19 @@ def test_base_of_a_disk_in_another_folder_is_found_from_there(folder, base, monk
     assert (image.backing_file, image.state) == (f"../{base.name}", "preallocated")
 
 
-def test_path_is_told_as_the_caller_named_it(folder, monkeypatch):
+def test_path_is_told_as_the_caller_named_it(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
     assert Preallocator().create("disk", 8 * MiB).path == "disk"
 
 
-def test_path_may_be_an_object(folder):
+def test_path_may_be_an_object(folder: pathlib.Path) -> None:
     assert Preallocator().create(pathlib.Path(folder) / "disk", 8 * MiB).path == str(folder / "disk")
 
 
-def test_long_name_is_possible_while_there_is_room_for_the_temporary_ones(folder, base):
+def test_long_name_is_possible_while_there_is_room_for_the_temporary_ones(
+    folder: pathlib.Path, base: pathlib.Path
+) -> None:
     name = "d" * (255 - len(".imgprealloc-zeros"))
 
     assert Preallocator().create(folder / name, 32 * MiB, str(base), backing_format="raw").state == "preallocated"

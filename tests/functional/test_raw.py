@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """raw: holes filled, shared extents unshared, and not a byte changed."""
 
-import os
+from __future__ import annotations
 
+import os
+import pathlib
+
+import images
 import pytest
 
-from functional import images
+from functional import kinds
+from imgprealloc import Mode
 from imgprealloc import Preallocator
-from imgprealloc import RawPreallocator
 from imgprealloc import exceptions
 
 KiB, MiB = 1 << 10, 1 << 20
 
 
-def with_holes(path):
+def with_holes(path: pathlib.Path) -> pathlib.Path:
     """Make a raw disk of 16 MiB with random data in every second MiB."""
     images.sparse_file(path, 16 * MiB)
     with open(path, "r+b") as file:
@@ -24,78 +28,78 @@ def with_holes(path):
     return path
 
 
-def reflinked(path, source):
+def reflinked(path: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
     """Copy a file as Nova's cp does, by sharing its extents."""
     images.run("cp", "--reflink=always", source, path)
     return path
 
 
 @pytest.fixture
-def disk(folder):
+def disk(folder: pathlib.Path) -> pathlib.Path:
     return with_holes(folder / "disk")
 
 
-def test_created_disk_is_preallocated_with_nothing_short(folder):
+def test_created_disk_is_preallocated_with_nothing_short(folder: pathlib.Path) -> None:
     image = Preallocator().create(folder / "disk", 16 * MiB, format="raw")
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-def test_created_disk_takes_all_its_space(folder):
+def test_created_disk_takes_all_its_space(folder: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.allocated(folder / "disk") >= 16 * MiB
 
 
-def test_created_disk_reads_as_zeros(folder):
+def test_created_disk_reads_as_zeros(folder: pathlib.Path) -> None:
     zeros = images.sparse_file(folder / "zeros", 16 * MiB)
 
-    RawPreallocator().create(folder / "disk", 16 * MiB)
+    Preallocator().create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.file_digest(folder / "disk") == images.file_digest(zeros)
 
 
 @pytest.mark.parametrize("size", [1, 100, 513, 4097, 16 * MiB + 100])
-def test_created_disk_of_no_whole_sectors_is_preallocated(folder, size):
-    image = RawPreallocator().create(folder / "disk", size)
+def test_created_disk_of_no_whole_sectors_is_preallocated(folder: pathlib.Path, size: int) -> None:
+    image = Preallocator().create(folder / "disk", size, format="raw")
 
     assert (image.state, image.virtual_size) == ("preallocated", -(-size // 512) * 512)
 
 
-def test_mode_metadata_creates_a_thin_disk(folder):
-    image = RawPreallocator("metadata").create(folder / "disk", 16 * MiB)
+def test_mode_metadata_creates_a_thin_disk(folder: pathlib.Path) -> None:
+    image = Preallocator("metadata").create(folder / "disk", 16 * MiB, format="raw")
 
     # QEMU writes a first block, to find out how it is to be aligned.
     assert (image.state, image.shortfall) == ("thin", 16 * MiB - 4096)
 
 
-def test_mode_full_creates_a_disk_that_is_written(folder):
-    RawPreallocator("full").create(folder / "disk", 16 * MiB)
+def test_mode_full_creates_a_disk_that_is_written(folder: pathlib.Path) -> None:
+    Preallocator("full").create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.unwritten(folder / "disk") == 0
 
 
-def test_mode_falloc_creates_a_disk_that_is_not_written(folder):
-    RawPreallocator("falloc").create(folder / "disk", 16 * MiB)
+def test_mode_falloc_creates_a_disk_that_is_not_written(folder: pathlib.Path) -> None:
+    Preallocator("falloc").create(folder / "disk", 16 * MiB, format="raw")
 
     assert images.unwritten(folder / "disk") >= 16 * MiB - 4096
 
 
-def test_disk_with_holes_is_thin(disk):
+def test_disk_with_holes_is_thin(disk: pathlib.Path) -> None:
     image = Preallocator().inspect(disk, format="raw")
 
     assert (image.state, image.shortfall) == ("thin", 8 * MiB)
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_holes_are_filled(disk, mode):
+def test_holes_are_filled(disk: pathlib.Path, mode: Mode) -> None:
     image = Preallocator(mode).preallocate(disk, format="raw")
 
     assert (image.state, images.allocated(disk) >= 16 * MiB) == ("preallocated", True)
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_filling_changes_no_byte(disk, mode):
+def test_filling_changes_no_byte(disk: pathlib.Path, mode: Mode) -> None:
     before = images.file_digest(disk)
 
     Preallocator(mode).preallocate(disk, format="raw")
@@ -104,7 +108,7 @@ def test_filling_changes_no_byte(disk, mode):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_filled_disk_is_the_same_file(disk, mode):
+def test_filled_disk_is_the_same_file(disk: pathlib.Path, mode: Mode) -> None:
     before = disk.stat().st_ino
 
     Preallocator(mode).preallocate(disk, format="raw")
@@ -113,7 +117,7 @@ def test_filled_disk_is_the_same_file(disk, mode):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_second_call_writes_nothing(disk, mode):
+def test_second_call_writes_nothing(disk: pathlib.Path, mode: Mode) -> None:
     Preallocator(mode).preallocate(disk, format="raw")
     before = images.identity(disk)
 
@@ -122,7 +126,7 @@ def test_second_call_writes_nothing(disk, mode):
     assert images.identity(disk) == before
 
 
-def test_mode_metadata_leaves_a_raw_disk_alone(disk):
+def test_mode_metadata_leaves_a_raw_disk_alone(disk: pathlib.Path) -> None:
     before = images.identity(disk)
 
     Preallocator("metadata").preallocate(disk, format="raw")
@@ -130,14 +134,14 @@ def test_mode_metadata_leaves_a_raw_disk_alone(disk):
     assert images.identity(disk) == before
 
 
-def test_mode_full_writes_the_holes(disk):
+def test_mode_full_writes_the_holes(disk: pathlib.Path) -> None:
     Preallocator("full").preallocate(disk, format="raw")
 
     assert images.unwritten(disk) == 0
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder):
+@kinds.common
+def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
     images.run("fallocate", "-n", "-l", 8 * MiB, disk)
     with open(disk, "r+b") as file:
@@ -152,7 +156,7 @@ def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder):
     assert images.file_digest(disk) == before
 
 
-def test_mode_full_writes_the_unwritten_parts_beside_dirty_data(folder):
+def test_mode_full_writes_the_unwritten_parts_beside_dirty_data(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
     images.run("fallocate", "-n", "-l", 8 * MiB, disk)
     with open(disk, "r+b") as file:
@@ -164,7 +168,7 @@ def test_mode_full_writes_the_unwritten_parts_beside_dirty_data(folder):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_hole_at_the_very_end_is_filled(folder, mode):
+def test_hole_at_the_very_end_is_filled(folder: pathlib.Path, mode: Mode) -> None:
     disk = images.random_file(folder / "disk", MiB)
     os.truncate(disk, 4 * MiB + 100)
 
@@ -173,25 +177,25 @@ def test_hole_at_the_very_end_is_filled(folder, mode):
     assert (image.state, image.file_size) == ("preallocated", 4 * MiB + 100)
 
 
-def test_disk_that_is_one_hole_is_filled(folder):
+def test_disk_that_is_one_hole_is_filled(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
 
     assert Preallocator().preallocate(disk, format="raw").state == "preallocated"
 
 
-def test_empty_disk_has_nothing_to_preallocate(folder):
+def test_empty_disk_has_nothing_to_preallocate(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 0)
 
     assert Preallocator().preallocate(disk, format="raw").shortfall == 0
 
 
-def test_disk_without_holes_is_preallocated_already(folder):
+def test_disk_without_holes_is_preallocated_already(folder: pathlib.Path) -> None:
     disk = images.random_file(folder / "disk", 4 * MiB)
 
     assert Preallocator().inspect(disk, format="raw").state == "preallocated"
 
 
-def test_holes_that_a_sparse_copy_made_are_healed(folder, disk):
+def test_holes_that_a_sparse_copy_made_are_healed(folder: pathlib.Path, disk: pathlib.Path) -> None:
     Preallocator().preallocate(disk, format="raw")
     copy = folder / "copy"
     images.run("cp", "--reflink=never", "--sparse=always", disk, copy)
@@ -201,8 +205,8 @@ def test_holes_that_a_sparse_copy_made_are_healed(folder, disk):
     assert states == ("thin", "preallocated")
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_disk_is_not_preallocated(folder):
+@kinds.with_reflinks
+def test_reflinked_disk_is_not_preallocated(folder: pathlib.Path) -> None:
     base = images.random_file(folder / "base", 16 * MiB)
 
     image = Preallocator().inspect(reflinked(folder / "disk", base), format="raw")
@@ -210,8 +214,8 @@ def test_reflinked_disk_is_not_preallocated(folder):
     assert (image.state, image.shared_bytes, image.shortfall) == ("thin", 16 * MiB, 16 * MiB)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_disk_is_not_mended_by_fallocate(folder):
+@kinds.with_reflinks
+def test_reflinked_disk_is_not_mended_by_fallocate(folder: pathlib.Path) -> None:
     base = images.random_file(folder / "base", 16 * MiB)
     disk = reflinked(folder / "disk", base)
 
@@ -220,9 +224,9 @@ def test_reflinked_disk_is_not_mended_by_fallocate(folder):
     assert images.shared(disk) == 16 * MiB
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_reflinked_disk_is_unshared(folder, mode):
+def test_reflinked_disk_is_unshared(folder: pathlib.Path, mode: Mode) -> None:
     disk = reflinked(folder / "disk", images.random_file(folder / "base", 16 * MiB))
 
     image = Preallocator(mode).preallocate(disk, format="raw")
@@ -230,9 +234,9 @@ def test_reflinked_disk_is_unshared(folder, mode):
     assert (image.state, images.shared(disk)) == ("preallocated", 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
+@kinds.with_reflinks
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_unsharing_changes_no_byte_of_either(folder, mode):
+def test_unsharing_changes_no_byte_of_either(folder: pathlib.Path, mode: Mode) -> None:
     base = with_holes(folder / "base")
     before = images.file_digest(base)
     disk = reflinked(folder / "disk", base)
@@ -242,8 +246,8 @@ def test_unsharing_changes_no_byte_of_either(folder, mode):
     assert (images.file_digest(disk), images.file_digest(base)) == (before, before)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder):
+@kinds.with_reflinks
+def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder: pathlib.Path) -> None:
     disk = reflinked(folder / "disk", images.random_file(folder / "base", 8 * MiB + 100))
     os.truncate(disk, 16 * MiB)
 
@@ -252,8 +256,8 @@ def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder):
     assert (image.state, image.shortfall, image.shared_bytes) == ("preallocated", 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_disk_in_thousands_of_shared_pieces_is_unshared(folder):
+@kinds.with_reflinks
+def test_disk_in_thousands_of_shared_pieces_is_unshared(folder: pathlib.Path) -> None:
     base = images.sparse_file(folder / "base", 16 * MiB)
     with open(base, "r+b") as file:
         for start in range(0, 16 * MiB, 8 * KiB):
@@ -265,6 +269,6 @@ def test_disk_in_thousands_of_shared_pieces_is_unshared(folder):
     assert (image.state, images.shared(disk)) == ("preallocated", 0)
 
 
-def test_raw_disk_has_no_backing_file(folder):
+def test_raw_disk_has_no_backing_file(folder: pathlib.Path) -> None:
     with pytest.raises(exceptions.UnsupportedFormat):
         Preallocator().create(folder / "disk", 16 * MiB, "base", format="raw")

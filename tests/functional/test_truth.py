@@ -5,26 +5,30 @@ Beside it the control: what stock Nova does fails there. If a control stops
 failing, this project is no longer needed for that case, or the test is blind.
 """
 
+from __future__ import annotations
+
 import json
 import os
+import pathlib
 import subprocess
 
+import images
 import loop_filesystem
 import pytest
 
-from functional import images
+from functional import kinds
+from imgprealloc import Mode
 from imgprealloc import Preallocator
-from imgprealloc import RawPreallocator
 
 KiB, MiB = 1 << 10, 1 << 20
 
 BASE = 24 * MiB
 SIZE = 40 * MiB
 
-pytestmark = pytest.mark.parametrize("kind", ["ext4", "xfs"])
+pytestmark = kinds.common
 
 
-def write_randomly(address, *, size, offset=0, block_size=4096, seed=1):
+def write_randomly(address: str, *, size: int, offset: int = 0, block_size: int = 4096, seed: int = 1) -> str:
     """Write every block once, in random order, as a guest; then read all back.
 
     :returns: nothing, or what fio says of the failure
@@ -45,7 +49,7 @@ def write_randomly(address, *, size, offset=0, block_size=4096, seed=1):
     return ""
 
 
-def size_and_blocks(path):
+def size_and_blocks(path: pathlib.Path) -> tuple[int, int]:
     """Return what must not grow: the file's length, and the blocks that hold its data.
 
     Not st_blocks, which on ext4 counts the extent tree too. It grows when
@@ -54,7 +58,7 @@ def size_and_blocks(path):
     return path.stat().st_size, images.held(path)
 
 
-def full(folder):
+def full(folder: pathlib.Path) -> None:
     """Fill a filesystem to its last byte, and make sure of it."""
     # The bulk without writing it, which would take most of the test's time.
     images.run("fallocate", "-l", images.free(folder) - 8 * MiB, folder / "filler")
@@ -66,19 +70,19 @@ def full(folder):
 
 
 @pytest.fixture
-def base(tight):
+def base(tight: pathlib.Path) -> pathlib.Path:
     return images.random_file(tight / "base", BASE)
 
 
 @pytest.fixture(params=["falloc", "full"])
-def overlay(request, tight, base):
+def overlay(request: pytest.FixtureRequest, tight: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     """Give a preallocated overlay that is longer than its base, on a filesystem that is full now."""
     Preallocator(request.param).create(tight / "disk", SIZE, str(base), backing_format="raw")
     full(tight)
     return tight / "disk"
 
 
-def test_guest_writes_its_whole_overlay_in_pages(overlay):
+def test_guest_writes_its_whole_overlay_in_pages(overlay: pathlib.Path) -> None:
     before = size_and_blocks(overlay)
 
     with images.guest(overlay) as address:
@@ -87,7 +91,7 @@ def test_guest_writes_its_whole_overlay_in_pages(overlay):
     assert (failure, size_and_blocks(overlay)) == ("", before)
 
 
-def test_guest_writes_its_overlay_beyond_the_base_in_sectors(overlay):
+def test_guest_writes_its_overlay_beyond_the_base_in_sectors(overlay: pathlib.Path) -> None:
     before = size_and_blocks(overlay)
 
     with images.guest(overlay) as address:
@@ -96,7 +100,7 @@ def test_guest_writes_its_overlay_beyond_the_base_in_sectors(overlay):
     assert (failure, size_and_blocks(overlay)) == ("", before)
 
 
-def test_guest_that_wrote_all_finds_the_base_where_it_did_not(tight, base):
+def test_guest_that_wrote_all_finds_the_base_where_it_did_not(tight: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(tight / "disk", SIZE, str(base), backing_format="raw")
     full(tight)
     # Every eighth page, up and down the disk.
@@ -111,7 +115,7 @@ def test_guest_that_wrote_all_finds_the_base_where_it_did_not(tight, base):
     assert not images.differences(tight / "disk", plain)
 
 
-def test_guest_writes_its_whole_overlay_after_it_grew(tight, base):
+def test_guest_writes_its_whole_overlay_after_it_grew(tight: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(tight / "disk", 16 * MiB + 512, str(base), backing_format="raw")
     Preallocator().resize(tight / "disk", SIZE, format="qcow2")
     full(tight)
@@ -123,7 +127,7 @@ def test_guest_writes_its_whole_overlay_after_it_grew(tight, base):
     assert (failure, size_and_blocks(tight / "disk")) == ("", before)
 
 
-def test_guest_writes_its_whole_overlay_after_a_sparse_copy_was_healed(tight, base):
+def test_guest_writes_its_whole_overlay_after_a_sparse_copy_was_healed(tight: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator().create(tight / "original", SIZE, str(base), backing_format="raw")
     images.run("cp", "--reflink=never", "--sparse=always", tight / "original", tight / "disk")
     Preallocator().preallocate(tight / "disk", format="qcow2")
@@ -136,10 +140,10 @@ def test_guest_writes_its_whole_overlay_after_a_sparse_copy_was_healed(tight, ba
     assert (failure, size_and_blocks(tight / "disk")) == ("", before)
 
 
-def test_guest_writes_its_whole_disk_after_it_was_rewritten(tight, base):
+def test_guest_writes_its_whole_disk_after_it_was_rewritten(tight: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 700k", "write -P 0x5a 30M 1M")
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     full(tight)
     before = size_and_blocks(disk)
 
@@ -149,12 +153,14 @@ def test_guest_writes_its_whole_disk_after_it_was_rewritten(tight, base):
     assert (failure, size_and_blocks(disk)) == ("", before)
 
 
-def test_guest_writes_its_rewritten_disk_beyond_the_base_in_sectors(tight, kind, base):
+def test_guest_writes_its_rewritten_disk_beyond_the_base_in_sectors(
+    tight: pathlib.Path, kind: str, base: pathlib.Path
+) -> None:
     # A copy's subclusters are mapped and not allocated there, so that XFS
     # wants some space left, as for zeros in the base; see the limits below.
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 700k")
-    Preallocator().preallocate(disk, rewrite=True, format="qcow2")
+    Preallocator().preallocate(disk, existing="rewrite", format="qcow2")
     loop_filesystem.fill(str(tight), leave=2 * MiB if kind == "xfs" else 0)
     before = disk.stat().st_size
 
@@ -165,7 +171,7 @@ def test_guest_writes_its_rewritten_disk_beyond_the_base_in_sectors(tight, kind,
 
 
 @pytest.mark.parametrize("block_size", [4096, 512])
-def test_guest_writes_its_disk_without_a_base(tight, block_size):
+def test_guest_writes_its_disk_without_a_base(tight: pathlib.Path, block_size: int) -> None:
     Preallocator().create(tight / "disk", SIZE)
     full(tight)
     before = size_and_blocks(tight / "disk")
@@ -179,14 +185,14 @@ def test_guest_writes_its_disk_without_a_base(tight, block_size):
 # Only reserved: the file grows, up to where its space was set aside.
 
 
-def scattered(disk, size):
+def scattered(disk: pathlib.Path, size: int) -> None:
     """Write random data here and there, so that the file is as fragmented as can be."""
     images.qemu_io(
         disk, *(f"write -P {1 + step % 255} {step * 37 % 50 * (size // 50) // 512 * 512} 9216" for step in range(50))
     )
 
 
-def test_guest_writes_its_whole_disk_that_was_only_reserved(tight, base):
+def test_guest_writes_its_whole_disk_that_was_only_reserved(tight: pathlib.Path, base: pathlib.Path) -> None:
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     scattered(disk, BASE)
     image = Preallocator().preallocate(disk, format="qcow2")
@@ -198,7 +204,7 @@ def test_guest_writes_its_whole_disk_that_was_only_reserved(tight, base):
     assert (failure, disk.stat().st_size <= image.worst_case_size) == ("", True)
 
 
-def test_guest_writes_its_whole_unused_disk_that_was_only_reserved_for_lack_of_room(tight):
+def test_guest_writes_its_whole_unused_disk_that_was_only_reserved_for_lack_of_room(tight: pathlib.Path) -> None:
     disk = images.qcow2(tight / "disk", SIZE)
     images.run("fallocate", "-n", "-l", SIZE, disk)
     images.run("fallocate", "-l", images.free(tight) - SIZE // 2, tight / "taken")
@@ -211,7 +217,9 @@ def test_guest_writes_its_whole_unused_disk_that_was_only_reserved_for_lack_of_r
     assert (image.state, failure, disk.stat().st_size <= image.worst_case_size) == ("reserved", "", True)
 
 
-def test_guest_writes_its_disk_that_was_only_reserved_in_pages(tight, kind, base):
+def test_guest_writes_its_disk_that_was_only_reserved_in_pages(
+    tight: pathlib.Path, kind: str, base: pathlib.Path
+) -> None:
     disk = images.qcow2(tight / "disk", SIZE, backing=base)
     scattered(disk, BASE)
     image = Preallocator().preallocate(disk, format="qcow2")
@@ -225,7 +233,7 @@ def test_guest_writes_its_disk_that_was_only_reserved_in_pages(tight, kind, base
     assert (failure, disk.stat().st_size <= image.worst_case_size) == ("", True)
 
 
-def test_guest_writes_its_whole_disk_that_was_reserved_after_a_snapshot(tight):
+def test_guest_writes_its_whole_disk_that_was_reserved_after_a_snapshot(tight: pathlib.Path) -> None:
     disk = images.qcow2(tight / "disk", SIZE)
     scattered(disk, SIZE)
     images.run("qemu-img", "snapshot", "-c", "kept", disk)
@@ -238,7 +246,7 @@ def test_guest_writes_its_whole_disk_that_was_reserved_after_a_snapshot(tight):
     assert (failure, disk.stat().st_size <= image.worst_case_size) == ("", True)
 
 
-def test_guest_writes_its_whole_disk_that_was_reserved_while_compressed(tight):
+def test_guest_writes_its_whole_disk_that_was_reserved_while_compressed(tight: pathlib.Path) -> None:
     source = tight / "source"
     source.write_bytes(b"compress me " * (SIZE // 12) + bytes(SIZE % 12))
     disk = images.qcow2_of(tight / "disk", source, "-c")
@@ -256,8 +264,8 @@ def test_guest_writes_its_whole_disk_that_was_reserved_while_compressed(tight):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_guest_writes_its_whole_raw_disk(tight, mode):
-    RawPreallocator(mode).create(tight / "disk", SIZE)
+def test_guest_writes_its_whole_raw_disk(tight: pathlib.Path, mode: Mode) -> None:
+    Preallocator(mode).create(tight / "disk", SIZE, format="raw")
     full(tight)
     before = size_and_blocks(tight / "disk")
 
@@ -268,10 +276,12 @@ def test_guest_writes_its_whole_raw_disk(tight, mode):
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_guest_writes_its_whole_raw_disk_that_novas_cp_copied(tight, base, mode):
+def test_guest_writes_its_whole_raw_disk_that_novas_cp_copied(
+    tight: pathlib.Path, base: pathlib.Path, mode: Mode
+) -> None:
     images.run("cp", "-r", base, tight / "disk")
     os.truncate(tight / "disk", SIZE)
-    RawPreallocator(mode).preallocate(tight / "disk")
+    Preallocator(mode).preallocate(tight / "disk", format="raw")
     full(tight)
     before = size_and_blocks(tight / "disk")
 
@@ -286,7 +296,7 @@ def test_guest_writes_its_whole_raw_disk_that_novas_cp_copied(tight, base, mode)
 # written over what reads as zeros, and a full XFS answers ENOSPC.
 
 
-def test_limit_pages_over_zeros_of_a_disk_that_was_only_reserved(tight, kind):
+def test_limit_pages_over_zeros_of_a_disk_that_was_only_reserved(tight: pathlib.Path, kind: str) -> None:
     disk = images.qcow2(tight / "disk", SIZE)
     scattered(disk, BASE)
     Preallocator().preallocate(disk, format="qcow2")
@@ -298,7 +308,7 @@ def test_limit_pages_over_zeros_of_a_disk_that_was_only_reserved(tight, kind):
     assert ("No space left on device" in failure) == (kind == "xfs")
 
 
-def test_limit_sectors_over_zeros_of_a_qcow2_base(tight, kind):
+def test_limit_sectors_over_zeros_of_a_qcow2_base(tight: pathlib.Path, kind: str) -> None:
     base = images.qcow2(tight / "base", BASE)
     Preallocator().create(tight / "disk", SIZE, str(base), backing_format="qcow2")
     full(tight)
@@ -309,7 +319,9 @@ def test_limit_sectors_over_zeros_of_a_qcow2_base(tight, kind):
     assert ("No space left on device" in failure) == (kind == "xfs")
 
 
-def test_limit_sectors_beyond_the_base_of_an_overlay_that_was_mapped_before_it_got_its_space(tight, kind, base):
+def test_limit_sectors_beyond_the_base_of_an_overlay_that_was_mapped_before_it_got_its_space(
+    tight: pathlib.Path, kind: str, base: pathlib.Path
+) -> None:
     Preallocator("metadata").create(tight / "disk", SIZE, str(base), backing_format="raw")
     Preallocator("falloc").preallocate(tight / "disk", format="qcow2")
     full(tight)
@@ -320,7 +332,7 @@ def test_limit_sectors_beyond_the_base_of_an_overlay_that_was_mapped_before_it_g
     assert ("No space left on device" in failure) == (kind == "xfs")
 
 
-def test_guest_writes_sectors_over_zeros_of_a_raw_base(tight):
+def test_guest_writes_sectors_over_zeros_of_a_raw_base(tight: pathlib.Path) -> None:
     base = images.sparse_file(tight / "base", BASE)
     Preallocator().create(tight / "disk", SIZE, str(base), backing_format="raw")
     full(tight)
@@ -331,7 +343,7 @@ def test_guest_writes_sectors_over_zeros_of_a_raw_base(tight):
     assert failure == ""
 
 
-def test_guest_writes_pages_over_zeros_of_a_qcow2_base(tight):
+def test_guest_writes_pages_over_zeros_of_a_qcow2_base(tight: pathlib.Path) -> None:
     base = images.qcow2(tight / "base", BASE)
     Preallocator().create(tight / "disk", SIZE, str(base), backing_format="qcow2")
     full(tight)
@@ -345,12 +357,12 @@ def test_guest_writes_pages_over_zeros_of_a_qcow2_base(tight):
 # The controls.
 
 
-def preallocated_by_stock_nova(disk):
+def preallocated_by_stock_nova(disk: pathlib.Path) -> pathlib.Path:
     images.run("fallocate", "-n", "-l", SIZE, disk)
     return disk
 
 
-def test_control_stock_novas_overlay_fails(tight, base):
+def test_control_stock_novas_overlay_fails(tight: pathlib.Path, base: pathlib.Path) -> None:
     disk = preallocated_by_stock_nova(images.qcow2(tight / "disk", SIZE, backing=base))
     full(tight)
 
@@ -360,7 +372,7 @@ def test_control_stock_novas_overlay_fails(tight, base):
     assert "No space left on device" in failure
 
 
-def test_control_overlay_that_is_only_mapped_fails(tight, base):
+def test_control_overlay_that_is_only_mapped_fails(tight: pathlib.Path, base: pathlib.Path) -> None:
     Preallocator("metadata").create(tight / "disk", SIZE, str(base), backing_format="raw")
     full(tight)
 
@@ -370,7 +382,9 @@ def test_control_overlay_that_is_only_mapped_fails(tight, base):
     assert "No space left on device" in failure
 
 
-def test_control_stock_novas_raw_copy_fails_where_extents_are_shared(tight, kind, base):
+def test_control_stock_novas_raw_copy_fails_where_extents_are_shared(
+    tight: pathlib.Path, kind: str, base: pathlib.Path
+) -> None:
     images.run("cp", "-r", base, tight / "disk")
     os.truncate(tight / "disk", SIZE)
     disk = preallocated_by_stock_nova(tight / "disk")

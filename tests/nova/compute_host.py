@@ -18,6 +18,7 @@ import types
 from typing import Any
 from unittest import mock
 
+import images
 from nova.compute import power_state
 from nova.network import model as network_model
 from nova.virt.libvirt import config as vconfig
@@ -314,6 +315,14 @@ class Host:
         """Look at a disk."""
         return imgprealloc.Preallocator().inspect(self.disk(instance, name), format=self.formats(instance)[name])
 
+    def inodes(self, instance: Instance) -> dict[str, int]:
+        """Return what tells of all disks whether they are still the same files."""
+        return {name: os.stat(self.disk(instance, name)).st_ino for name in DISKS}
+
+    def identities(self, instance: Instance) -> dict[str, tuple[int, ...]]:
+        """Return what changes in the inodes of all disks when they are replaced, or written, or given space."""
+        return {name: images.identity(self.disk(instance, name)) for name in DISKS}
+
     def write(self, instance: Instance) -> None:
         """Write to all disks as the guest does: over what the base image has, and beyond."""
         for name, offsets in {"disk": ("10M", "700M"), "disk.eph0": ("500M",), "disk.swap": ("30M",)}.items():
@@ -327,13 +336,15 @@ class Host:
         for name in DISKS:
             kept[name] = os.path.join(self.path, f"kept-{instance.uuid}-{name}")
             convert = ["qemu-img", "convert", "-f", self.formats(instance)[name], "-O", "raw"]
-            subprocess.run([*convert, self.disk(instance, name), kept[name]], check=True)
+            images.run(*convert, self.disk(instance, name), kept[name])
         return kept
 
     def changed(self, instance: Instance, kept: dict[str, str]) -> list[str]:
         """Name the disks that read different now. What they have grown by has to read as zeros."""
         formats = self.formats(instance)
-        return [name for name, copy in kept.items() if not same(self.disk(instance, name), formats[name], copy)]
+        return [
+            name for name, copy in kept.items() if not images.reads_like(self.disk(instance, name), formats[name], copy)
+        ]
 
 
 def all_disks(state: str) -> dict[str, str]:
@@ -343,24 +354,16 @@ def all_disks(state: str) -> dict[str, str]:
 
 def write(path: str, format: str, offset: str = "70M") -> None:
     """Write a mebibyte to a disk, as a guest does."""
-    command = ["qemu-io", "-f", format, "-c", f"write -P 7 {offset} 1M", path]
-    subprocess.run(command, check=True, capture_output=True)
+    images.qemu_io(path, f"write -P 7 {offset} 1M", format=format)
 
 
 def write_qcow2_to(path: str, *, with_data: bool) -> None:
     """Write a qcow2 file to a raw disk, from its first byte on, as a guest may do."""
-    source = f"{path}.source"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, "64M"], check=True)
+    source = images.qcow2(f"{path}.source", 64 * units.Mi)
     if with_data:
-        write(source, "qcow2", "1M")
-    subprocess.run(["dd", f"if={source}", f"of={path}", "conv=notrunc", "status=none"], check=True)
-    os.unlink(source)
-
-
-def same(path: str, format: str, other: str, other_format: str = "raw") -> bool:
-    """Whether a guest reads the same from two disks."""
-    compare = ["qemu-img", "compare", "-q", "-f", format, "-F", other_format, path, other]
-    return subprocess.run(compare, check=False).returncode == 0
+        images.qemu_io(source, "write -P 7 1M 1M")
+    images.run("dd", f"if={source}", f"of={path}", "conv=notrunc", "status=none")
+    source.unlink()
 
 
 def lose_space(path: str) -> None:
@@ -377,14 +380,7 @@ def lose_space(path: str) -> None:
             if data - hole >= units.Mi:
                 holes.append((hole, data - hole))
     for start, length in holes:
-        punch = ["fallocate", "--punch-hole", "--offset", str(start), "--length", str(length), path]
-        subprocess.run(punch, check=True)
-
-
-def identity(path: str) -> tuple[int, ...]:
-    """Return what tells that a file is another one, or was written to."""
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns, status.st_blocks
+        images.run("fallocate", "--punch-hole", "--offset", start, "--length", length, path)
 
 
 @contextlib.contextmanager
@@ -393,13 +389,18 @@ def in_use(path: str, format: str) -> Iterator[None]:
     command = ["qemu-io", "-f", format, "-c", "write -P 9 1M 64k", "-c", "sleep 600000", path]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as guest:
         try:
-            while not lock.in_use(path):
+            while not _has_writer(path):
                 assert guest.poll() is None
                 time.sleep(0.01)
             yield
         finally:
-            assert lock.in_use(path)
+            assert _has_writer(path)
             guest.kill()
+
+
+def _has_writer(path: str) -> bool:
+    with open(path, "rb") as file:
+        return lock.has_writer(file.fileno())
 
 
 def block_devices() -> dict[str, Any]:

@@ -18,13 +18,15 @@ import subprocess
 from typing import Any
 
 import compute_host
+import images
 import loop_filesystem
 from nova.virt.libvirt import utils as libvirt_utils
 import nova_disks
 from oslo_utils import units
 import pytest
 
-from imgprealloc import terms
+from imgprealloc import log
+from imgprealloc import record
 import imgprealloc.nova
 
 
@@ -38,26 +40,20 @@ def room(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def base(room: str) -> str:
     """A full raw base image of 256 MiB."""
-    return _full(os.path.join(room, "base"), 256)
+    return str(images.random_file(os.path.join(room, "base"), 256 * units.Mi))
 
 
 @pytest.fixture(scope="session")
 def small_base(room: str) -> str:
     """A full raw base image of 64 MiB."""
-    return _full(os.path.join(room, "small-base"), 64)
-
-
-def _full(path: str, mebibytes: int) -> str:
-    with open(path, "wb") as file:
-        for _ in range(mebibytes):
-            file.write(os.urandom(units.Mi))
-    return path
+    return str(images.random_file(os.path.join(room, "small-base"), 64 * units.Mi))
 
 
 @pytest.fixture
 def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., nova_disks.Disks]]:
     """Make Disks of either kind, with any options; the instances are removed afterwards."""
-    terms._warned.clear()
+    log.forget()
+    record.forget()
     imgprealloc.nova._base_sizes.clear()
     made: list[str] = []
 

@@ -89,7 +89,7 @@ def _environment(mode: str) -> dict[str, str]:
 
 def _qemu_version() -> str:
     done = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True)
-    return re.findall(r"version (\d[\d.]*)", done.stdout)[0]
+    return str(re.findall(r"version (\d[\d.]*)", done.stdout)[0])
 
 
 def _integration(env: dict[str, str]) -> tuple[dict[str, Any], bool]:

@@ -126,7 +126,7 @@ def test_reverted_resize_finds_its_disks_as_they_were(host: Callable[..., Host],
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     disk_info = _migrate(node, instance, "cp", neighbour, compute_host.flavor(root_gb=2))
     node.finish_migration(instance, disk_info)
     node.write(instance)
@@ -134,7 +134,7 @@ def test_reverted_resize_finds_its_disks_as_they_were(host: Callable[..., Host],
     node.revert_migration(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.changed(instance, kept) == []
 
 
@@ -213,7 +213,9 @@ def test_raw_disk_that_its_guest_wrote_a_qcow2_file_to_is_not_taken_for_qcow2(
 
 
 @CLONES
-def test_conversion_makes_no_false_alarm(host: Callable[..., Host], neighbour: str, caplog: Any) -> None:
+def test_conversion_makes_no_false_alarm(
+    host: Callable[..., Host], neighbour: str, caplog: pytest.LogCaptureFixture
+) -> None:
     node, instance, disk_info, _ = _from_raw(host, neighbour, compute_host.flavor())
     caplog.clear()
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from typing import Any
 
 import pytest
 
@@ -73,13 +72,15 @@ PREALLOCATING = [
 ]
 
 
-def test_novas_loader_finds_our_driver_and_gets_preallocating_backends(load: Any) -> None:
+def test_novas_loader_finds_our_driver_and_gets_preallocating_backends(
+    load: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     done = load(OURS)
 
     assert done.stdout.splitlines() == PREALLOCATING, done.stderr
 
 
-def test_novas_own_driver_stays_stock_beside_us(load: Any) -> None:
+def test_novas_own_driver_stays_stock_beside_us(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = load(STOCK)
 
     assert "qcow2 nova.virt.libvirt.imagebackend True" in done.stdout
@@ -100,7 +101,9 @@ def patched(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("nova_conf", [STOCK, OURS], ids=["libvirt.LibvirtDriver", "imgprealloc.LibvirtDriver"])
-def test_nova_with_the_patch_gets_preallocating_backends(load: Any, patched: pathlib.Path, nova_conf: str) -> None:
+def test_nova_with_the_patch_gets_preallocating_backends(
+    load: Callable[..., subprocess.CompletedProcess[str]], patched: pathlib.Path, nova_conf: str
+) -> None:
     done = load(nova_conf, f"import nova.virt; nova.virt.__path__.insert(0, {str(patched)!r})")
 
     assert done.stdout.splitlines() == PREALLOCATING, done.stderr
@@ -110,7 +113,7 @@ def test_nova_with_the_patch_gets_preallocating_backends(load: Any, patched: pat
     ("option", "value"), [("mode", "sparse"), ("existing_disks", "delete"), ("overlay_cluster_size", "4096")]
 )
 def test_option_that_there_is_not_is_refused_by_name_when_the_service_starts(
-    load: Any, option: str, value: str
+    load: Callable[..., subprocess.CompletedProcess[str]], option: str, value: str
 ) -> None:
     done = load(f"{OURS}\n    [imgprealloc]\n    {option} = {value}\n")
 
@@ -126,7 +129,9 @@ def test_option_that_there_is_not_is_refused_by_name_when_the_service_starts(
         ("import nova.compute.utils as cu; del cu.disk_ops_semaphore", "disk_ops_semaphore"),
     ],
 )
-def test_nova_that_has_changed_is_refused_with_the_place_named(load: Any, change: str, culprit: str) -> None:
+def test_nova_that_has_changed_is_refused_with_the_place_named(
+    load: Callable[..., subprocess.CompletedProcess[str]], change: str, culprit: str
+) -> None:
     done = load(OURS, f"import nova.virt.libvirt.imagebackend as ib; {change}")
 
     assert done.returncode != 0

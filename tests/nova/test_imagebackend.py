@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import errno
 import os
+import pathlib
 import subprocess
 from typing import Any
 
 import compute_host
+import images
 import loop_filesystem
 from nova.virt.libvirt import driver
 import nova_disks
@@ -21,6 +24,7 @@ import pytest
 import imgprealloc
 from imgprealloc import fallocate
 from imgprealloc import qcow2_header
+from imgprealloc import record
 import imgprealloc.nova
 from nova import exception
 
@@ -43,14 +47,12 @@ def _is_preallocated(image: Any, size: int) -> bool:
     )
 
 
-def _reads_like(path: str, format: str, other: str, other_format: str) -> bool:
-    done = subprocess.run(["qemu-img", "compare", "-q", "-f", format, "-F", other_format, path, other], check=False)
-    return done.returncode == 0
-
-
-def _stamp(path: str) -> tuple[int, ...]:
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_blocks
+def _spoil(path: str) -> None:
+    """Let a qcow2 disk's first L1 entry point into the middle of nowhere."""
+    with open(path, "r+b") as file:
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        file.write(b"\xff" * 8)
 
 
 def _swap(target: str, **kwargs: Any) -> None:
@@ -61,52 +63,54 @@ def _ephemeral(target: str, **kwargs: Any) -> None:
     driver.LibvirtDriver._create_ephemeral(target, fs_label="ephemeral0", os_type=None, **kwargs)
 
 
-def test_new_overlay_is_preallocated_and_reads_like_its_base(disks: Any, base: str) -> None:
+def test_new_overlay_is_preallocated_and_reads_like_its_base(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks().spawn(base, _4G)
 
     assert _is_preallocated(image, _4G)
-    assert _reads_like(image.path, "qcow2", base, "raw")
+    assert images.reads_like(image.path, "qcow2", base, "raw")
 
 
-def test_stock_overlay_is_not(disks: Any, base: str) -> None:
+def test_stock_overlay_is_not(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     # The control: if this fails, Nova has been cured, and we are not needed.
     image = disks(preallocated=False).spawn(base, _4G)
 
     assert (_inspect(image).mapped_clusters, _inspect(image).state) == (0, "thin")
 
 
-def test_second_cache_writes_nothing(disks: Any, base: str) -> None:
+def test_second_cache_writes_nothing(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    before = _stamp(image.path)
+    before = images.identity(image.path)
 
     made.cache(image, base, _4G)
 
-    assert _stamp(image.path) == before
+    assert images.identity(image.path) == before
 
 
-def test_grown_overlay_is_preallocated_and_reads_the_same(disks: Any, base: str) -> None:
+def test_grown_overlay_is_preallocated_and_reads_the_same(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     made = disks()
     image = made.spawn(base, _4G)
     stock = disks(preallocated=False, preallocate_images="none").spawn(base, _4G)
     for path in (image.path, stock.path):
-        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 3G 1M", path], check=True, capture_output=True)
+        images.qemu_io(path, "write -P 7 3G 1M")
 
     made = disks()
     made.cache(made.image_at(image.path), base, 8 * units.Gi)
 
     assert _is_preallocated(image, 8 * units.Gi)
-    assert _reads_like(image.path, "qcow2", stock.path, "qcow2")
+    assert images.reads_like(image.path, "qcow2", stock.path, "qcow2")
 
 
-def test_new_raw_disk_is_preallocated_and_reads_like_its_base(disks: Any, base: str) -> None:
+def test_new_raw_disk_is_preallocated_and_reads_like_its_base(
+    disks: Callable[..., nova_disks.Disks], base: str
+) -> None:
     image = disks().spawn(base, _4G, image_type="raw")
 
     assert _is_preallocated(image, _4G)
-    assert _reads_like(image.path, "raw", base, "raw")
+    assert images.reads_like(image.path, "raw", base, "raw")
 
 
-def test_grown_raw_disk_is_preallocated(disks: Any, base: str) -> None:
+def test_grown_raw_disk_is_preallocated(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     made = disks()
     image = made.spawn(base, _4G, image_type="raw")
 
@@ -115,19 +119,21 @@ def test_grown_raw_disk_is_preallocated(disks: Any, base: str) -> None:
     assert _is_preallocated(image, 8 * units.Gi)
 
 
-def test_flat_disk_that_holds_qcow2_is_preallocated_as_qcow2(disks: Any, base: str, tmp_path: Any) -> None:
+def test_flat_disk_that_holds_qcow2_is_preallocated_as_qcow2(
+    disks: Callable[..., nova_disks.Disks], base: str, tmp_path: pathlib.Path
+) -> None:
     qcow2 = str(tmp_path / "base.qcow2")
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", base, qcow2], check=True)
+    images.qcow2_of(qcow2, base, "-c")
 
     image = disks(force_raw_images=False).spawn(qcow2, units.Gi, image_type="raw")
 
     assert image.driver_format == "qcow2"
     assert _is_preallocated(image, units.Gi)
-    assert _reads_like(image.path, "qcow2", base, "raw")
+    assert images.reads_like(image.path, "qcow2", base, "raw")
 
 
 @pytest.mark.parametrize("image_type", ["qcow2", "raw"])
-def test_swap_disk_is_preallocated(disks: Any, image_type: str) -> None:
+def test_swap_disk_is_preallocated(disks: Callable[..., nova_disks.Disks], image_type: str) -> None:
     made = disks()
     image = made.image(made.instance(), "disk.swap", image_type)
 
@@ -138,7 +144,9 @@ def test_swap_disk_is_preallocated(disks: Any, image_type: str) -> None:
 
 @pytest.mark.parametrize("image_type", ["qcow2", "raw"])
 @pytest.mark.parametrize("name", ["disk.local", "disk.eph0"])
-def test_ephemeral_disk_is_preallocated_after_mkfs_has_discarded(disks: Any, image_type: str, name: str) -> None:
+def test_ephemeral_disk_is_preallocated_after_mkfs_has_discarded(
+    disks: Callable[..., nova_disks.Disks], image_type: str, name: str
+) -> None:
     made = disks(default_ephemeral_format="ext4")
     image = made.image(made.instance(), name, image_type)
 
@@ -147,7 +155,7 @@ def test_ephemeral_disk_is_preallocated_after_mkfs_has_discarded(disks: Any, ima
     assert _is_preallocated(image, units.Gi)
 
 
-def test_root_disk_without_a_size_gets_its_base_images_size(disks: Any, base: str) -> None:
+def test_root_disk_without_a_size_gets_its_base_images_size(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     # A flavor with root_gb=0.
     image = disks().spawn(base, None)
 
@@ -155,20 +163,22 @@ def test_root_disk_without_a_size_gets_its_base_images_size(disks: Any, base: st
 
 
 @pytest.mark.parametrize("name", ["disk.rescue", "disk.local.rescue", "disk.eph0.rescue", "disk.swap.rescue"])
-def test_rescue_disk_stays_thin(disks: Any, base: str, name: str) -> None:
+def test_rescue_disk_stays_thin(disks: Callable[..., nova_disks.Disks], base: str, name: str) -> None:
     image = disks().spawn(base, _4G, name=name)
 
     assert _inspect(image).state == "thin"
 
 
 @pytest.mark.parametrize("name", ["kernel", "ramdisk"])
-def test_kernel_and_ramdisk_are_left_alone(disks: Any, base: str, name: str, commands: Any) -> None:
+def test_kernel_and_ramdisk_are_left_alone(
+    disks: Callable[..., nova_disks.Disks], base: str, name: str, commands: list[tuple[str, ...]]
+) -> None:
     disks().spawn(base, None, name=name, image_type="raw")
 
     assert not [command for command in commands if "fallocate" in command]
 
 
-def test_base_image_is_not_preallocated(disks: Any, room: str) -> None:
+def test_base_image_is_not_preallocated(disks: Callable[..., nova_disks.Disks], room: str) -> None:
     made = disks()
     thin = os.path.join(room, "thin-base")
     with open(thin, "wb") as file:
@@ -186,7 +196,9 @@ def _asked_about(base: str, commands: list[tuple[str, ...]]) -> int:
     )
 
 
-def test_base_image_is_not_asked_for_its_size_at_each_build(disks: Any, base: str, commands: Any) -> None:
+def test_base_image_is_not_asked_for_its_size_at_each_build(
+    disks: Callable[..., nova_disks.Disks], base: str, commands: list[tuple[str, ...]]
+) -> None:
     made = disks()
     made.spawn(base, _4G)
     first = _asked_about(base, commands)
@@ -199,7 +211,9 @@ def test_base_image_is_not_asked_for_its_size_at_each_build(disks: Any, base: st
 
 
 @pytest.mark.parametrize("image_type", ["qcow2", "raw"])
-def test_flavor_smaller_than_its_image_is_refused_also_the_second_time(disks: Any, base: str, image_type: str) -> None:
+def test_flavor_smaller_than_its_image_is_refused_also_the_second_time(
+    disks: Callable[..., nova_disks.Disks], base: str, image_type: str
+) -> None:
     made = disks()
     made.spawn(base, _4G, image_type=image_type)
 
@@ -208,7 +222,7 @@ def test_flavor_smaller_than_its_image_is_refused_also_the_second_time(disks: An
 
 
 def test_base_image_that_has_been_fetched_anew_is_asked_for_its_size_again(
-    disks: Any, base: str, small_base: str
+    disks: Callable[..., nova_disks.Disks], base: str, small_base: str
 ) -> None:
     made = disks()
     made.spawn(small_base, _4G)
@@ -220,15 +234,17 @@ def test_base_image_that_has_been_fetched_anew_is_asked_for_its_size_again(
         made.spawn(small_base, 128 * units.Mi)
 
 
-def test_nothing_but_the_disk_is_left_in_the_instances_folder(disks: Any, base: str) -> None:
+def test_nothing_but_the_disk_is_left_in_the_instances_folder(
+    disks: Callable[..., nova_disks.Disks], base: str
+) -> None:
     image = disks().spawn(base, _4G)
 
     assert set(os.listdir(os.path.dirname(image.path))) == {"disk", "disk.info"}
 
 
-def test_disk_with_data_is_reserved_and_not_replaced(disks: Any, base: str) -> None:
+def test_disk_with_data_is_reserved_and_not_replaced(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks(preallocated=False).spawn(base, _4G)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 1G 1M")
     before = os.stat(image.path)
     made = disks()
 
@@ -239,9 +255,11 @@ def test_disk_with_data_is_reserved_and_not_replaced(disks: Any, base: str) -> N
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
 
 
-def test_disk_with_data_is_rewritten_if_the_operator_asks_for_it(disks: Any, base: str, tmp_path: Any) -> None:
+def test_disk_with_data_is_rewritten_if_the_operator_asks_for_it(
+    disks: Callable[..., nova_disks.Disks], base: str, tmp_path: pathlib.Path
+) -> None:
     image = disks(preallocated=False).spawn(base, _4G)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 1G 1M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 1G 1M")
     copy = str(tmp_path / "copy")
     subprocess.run(["cp", image.path, copy], check=True)
     made = disks(imgprealloc__existing_disks="rewrite")
@@ -249,10 +267,10 @@ def test_disk_with_data_is_rewritten_if_the_operator_asks_for_it(disks: Any, bas
     made.cache(made.image_at(image.path), base, _4G)
 
     assert _is_preallocated(image, _4G)
-    assert _reads_like(image.path, "qcow2", copy, "qcow2")
+    assert images.reads_like(image.path, "qcow2", copy, "qcow2")
 
 
-def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Any, base: str) -> None:
+def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     made = disks()
     image = made.spawn(base, _4G)
     copy = made.image(made.instance())
@@ -269,7 +287,7 @@ def test_holes_of_a_copied_disk_are_filled_at_the_next_start(disks: Any, base: s
 @pytest.mark.parametrize("size", [units.Gi, 2 * units.Gi], ids=["same_size", "grown"])
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
 def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
-    disks: Any,
+    disks: Callable[..., nova_disks.Disks],
     small_base: str,
     existing_disks: str,
     size: int,
@@ -282,7 +300,7 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
     image = made.spawn(small_base, units.Gi, image_type="raw")
     compute_host.write_qcow2_to(image.path, with_data=False)
     if arriving_as is not None:
-        monkeypatch.setitem(imgprealloc.nova._arriving_formats, image.path, arriving_as)
+        monkeypatch.setitem(record._source_host, (os.path.basename(os.path.dirname(image.path)), "disk"), arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
 
     with contextlib.suppress(processutils.ProcessExecutionError):
@@ -296,7 +314,9 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
         assert disk.read(units.Mi) == base.read(units.Mi)
 
 
-def test_vmdk_that_nova_copies_is_left_as_it_is(disks: Any, tmp_path: Any, caplog: Any) -> None:
+def test_vmdk_that_nova_copies_is_left_as_it_is(
+    disks: Callable[..., nova_disks.Disks], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     vmdk = str(tmp_path / "base.vmdk")
     subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", vmdk, "64M"], check=True)
     options = {"force_raw_images": False, "use_cow_images": False}
@@ -310,21 +330,21 @@ def test_vmdk_that_nova_copies_is_left_as_it_is(disks: Any, tmp_path: Any, caplo
         assert ours.read() == theirs.read()
 
 
-def test_broken_disk_does_not_keep_its_instance_from_starting(disks: Any, base: str, caplog: Any) -> None:
+def test_broken_disk_does_not_keep_its_instance_from_starting(
+    disks: Callable[..., nova_disks.Disks], base: str, caplog: pytest.LogCaptureFixture
+) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    with open(image.path, "r+b") as file:
-        # An L1 entry that points into the middle of nowhere.
-        file.seek(40)
-        file.seek(int.from_bytes(file.read(8), "big"))
-        file.write(b"\xff" * 8)
+    _spoil(image.path)
 
     made.cache(image, base, _4G)
 
     assert "not preallocated" in caplog.text
 
 
-def test_no_space_is_the_error_that_nova_reschedules_on_and_leaves_no_disk(disks: Any, base: str) -> None:
+def test_no_space_is_the_error_that_nova_reschedules_on_and_leaves_no_disk(
+    disks: Callable[..., nova_disks.Disks], base: str
+) -> None:
     made = disks()
     image = made.image(made.instance())
 
@@ -334,15 +354,15 @@ def test_no_space_is_the_error_that_nova_reschedules_on_and_leaves_no_disk(disks
     assert os.listdir(os.path.dirname(image.path)) == ["disk.info"]
 
 
-def test_no_space_leaves_a_disk_that_was_there_as_it_was(disks: Any, base: str) -> None:
+def test_no_space_leaves_a_disk_that_was_there_as_it_was(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    before = _stamp(image.path)
+    before = images.identity(image.path)
 
     with pytest.raises(processutils.ProcessExecutionError):
         made.cache(image, base, 500 * units.Gi)
 
-    assert _stamp(image.path) == before
+    assert images.identity(image.path) == before
 
 
 @pytest.fixture
@@ -356,13 +376,13 @@ def _stock_disk_on_a_full_filesystem(tight: str, small_base: str, **options: Any
     instances_path = os.path.join(tight, "instances")
     os.mkdir(instances_path)
     image = nova_disks.Disks(instances_path, preallocated=False, **options).spawn(small_base, 256 * units.Mi)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 128M 20M", image.path], check=True, capture_output=True)
+    images.qemu_io(image.path, "write -P 7 128M 20M")
     loop_filesystem.fill(tight)
     return image
 
 
 def test_disk_that_stock_nova_would_start_is_started_though_what_it_lacks_cannot_be_had(
-    tight: str, small_base: str, caplog: Any
+    tight: str, small_base: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = _stock_disk_on_a_full_filesystem(tight, small_base)
     made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
@@ -383,7 +403,7 @@ def test_disk_that_stock_nova_would_not_start_for_want_of_space_is_not_started(t
 
 @pytest.mark.parametrize("tight", ["tmpfs"], indirect=True)
 def test_disk_that_stock_nova_has_set_aside_is_started_where_the_filesystem_cannot_tell(
-    tight: str, small_base: str, caplog: Any
+    tight: str, small_base: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # tmpfs has no extent map, and no more has NFS.
     image = _stock_disk_on_a_full_filesystem(tight, small_base)
@@ -395,23 +415,26 @@ def test_disk_that_stock_nova_has_set_aside_is_started_where_the_filesystem_cann
 
 
 def test_disk_that_may_not_be_read_is_left_to_nova(
-    disks: Any, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    disks: Callable[..., nova_disks.Disks],
+    small_base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     made = disks()
     image = made.spawn(small_base, units.Gi)
 
-    def forbidden(path: str) -> None:
+    def forbidden(path: str, *_: Any) -> None:
         # Root may read everything here.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(qcow2_header, "require", forbidden)
+    monkeypatch.setattr(qcow2_header, "virtual_size", forbidden)
     made.cache(image, small_base, units.Gi)
 
     assert f"{image.path}: not preallocated" in caplog.text
 
 
 def test_disk_that_stock_nova_calls_no_fallocate_for_is_started_on_a_full_filesystem(
-    tight: str, small_base: str, caplog: Any
+    tight: str, small_base: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As Nova does where a flavor has root_gb=0.
     image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
@@ -423,7 +446,9 @@ def test_disk_that_stock_nova_calls_no_fallocate_for_is_started_on_a_full_filesy
 
 
 @pytest.mark.parametrize("tight", ["ext2"], indirect=True)
-def test_disk_is_started_on_a_full_filesystem_that_has_no_fallocate(tight: str, small_base: str, caplog: Any) -> None:
+def test_disk_is_started_on_a_full_filesystem_that_has_no_fallocate(
+    tight: str, small_base: str, caplog: pytest.LogCaptureFixture
+) -> None:
     instances_path = os.path.join(tight, "instances")
     os.mkdir(instances_path)
     # Nova finds out about fallocate but once, and that was on another filesystem.
@@ -438,7 +463,7 @@ def test_disk_is_started_on_a_full_filesystem_that_has_no_fallocate(tight: str, 
 
 
 def test_disk_is_started_where_what_it_lacks_cannot_be_had_nor_told(
-    tight: str, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    tight: str, small_base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = _stock_disk_on_a_full_filesystem(tight, small_base, preallocate_images="none")
     made = nova_disks.Disks(os.path.dirname(os.path.dirname(image.path)), preallocated=True)
@@ -452,7 +477,9 @@ def test_disk_is_started_where_what_it_lacks_cannot_be_had_nor_told(
     assert "not preallocated" in caplog.text
 
 
-def test_without_preallocation_no_command_is_added(disks: Any, base: str, commands: Any) -> None:
+def test_without_preallocation_no_command_is_added(
+    disks: Callable[..., nova_disks.Disks], base: str, commands: list[tuple[str, ...]]
+) -> None:
     def ran(preallocated: bool) -> list[tuple[str, ...]]:
         made = disks(preallocated=preallocated, preallocate_images="none")
         commands.clear()
@@ -464,51 +491,55 @@ def test_without_preallocation_no_command_is_added(disks: Any, base: str, comman
     assert ran(True) == ran(False)
 
 
-def test_flavor_chooses_its_own_mode(disks: Any, base: str) -> None:
+def test_flavor_chooses_its_own_mode(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks().spawn(base, _4G, **{"imgprealloc:mode": "metadata"})
 
     assert _inspect(image).state == "mapped"
 
 
-def test_cluster_size_of_overlays_is_an_option(disks: Any, base: str) -> None:
+def test_cluster_size_of_overlays_is_an_option(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks(imgprealloc__overlay_cluster_size=64 * units.Ki).spawn(base, _4G)
 
     assert _inspect(image).cluster_size == 64 * units.Ki
 
 
-def test_held_disk_uses_native_io(disks: Any, base: str) -> None:
+def test_held_disk_uses_native_io(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks().spawn(base, _4G)
 
     assert image.libvirt_info("none", {}).driver_io == "native"
 
 
 @pytest.mark.parametrize("cache_mode", ["writeback", "writethrough", "unsafe"])
-def test_native_io_is_left_out_where_libvirt_would_refuse_it(disks: Any, base: str, cache_mode: str) -> None:
+def test_native_io_is_left_out_where_libvirt_would_refuse_it(
+    disks: Callable[..., nova_disks.Disks], base: str, cache_mode: str
+) -> None:
     image = disks().spawn(base, _4G)
 
     assert image.libvirt_info(cache_mode, {}).driver_io is None
 
 
-def test_disk_without_space_does_not_use_native_io(disks: Any, base: str) -> None:
+def test_disk_without_space_does_not_use_native_io(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks(imgprealloc__mode="metadata").spawn(base, _4G)
 
     assert image.libvirt_info("none", {}).driver_io is None
 
 
-def test_trim_is_ignored_where_it_would_give_space_back(disks: Any, base: str, caplog: Any) -> None:
+def test_trim_is_ignored_where_it_would_give_space_back(
+    disks: Callable[..., nova_disks.Disks], base: str, caplog: pytest.LogCaptureFixture
+) -> None:
     image = disks(libvirt__hw_disk_discard="unmap").spawn(base, _4G)
 
     assert [image.libvirt_info("none", {}).driver_discard for _ in range(2)] == ["ignore", "ignore"]
     assert caplog.text.count("protect_from_discard") == 1
 
 
-def test_operator_can_let_guests_trim(disks: Any, base: str) -> None:
+def test_operator_can_let_guests_trim(disks: Callable[..., nova_disks.Disks], base: str) -> None:
     image = disks(libvirt__hw_disk_discard="unmap", imgprealloc__protect_from_discard=False).spawn(base, _4G)
 
     assert image.libvirt_info("none", {}).driver_discard == "unmap"
 
 
-def test_other_backends_stay_novas_own(disks: Any) -> None:
+def test_other_backends_stay_novas_own(disks: Callable[..., nova_disks.Disks]) -> None:
     from nova.virt.libvirt import imagebackend
 
     backends = disks().backend.BACKEND
@@ -522,13 +553,12 @@ def test_other_backends_stay_novas_own(disks: Any) -> None:
     assert issubclass(backends["default"], imagebackend.Qcow2)
 
 
-def test_warnings_are_not_repeated_at_each_start(disks: Any, base: str, caplog: Any) -> None:
+def test_warnings_are_not_repeated_at_each_start(
+    disks: Callable[..., nova_disks.Disks], base: str, caplog: pytest.LogCaptureFixture
+) -> None:
     made = disks()
     image = made.spawn(base, _4G)
-    with open(image.path, "r+b") as file:
-        file.seek(40)
-        file.seek(int.from_bytes(file.read(8), "big"))
-        file.write(b"\xff" * 8)
+    _spoil(image.path)
 
     for _ in range(2):
         made.cache(image, base, _4G)

@@ -17,6 +17,7 @@ from oslo_concurrency import processutils
 import pytest
 
 import imgprealloc
+from imgprealloc import healing
 import imgprealloc.nova
 
 
@@ -101,14 +102,14 @@ def test_holes_that_the_mirror_made_are_filled_while_the_guest_runs(
     node, instance = _arriving(host, kind)
     instance.flavor = compute_host.flavor(imgprealloc__mode=mode)
     kept = node.keep(instance)
-    before = {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
+    before = node.inodes(instance)
     assert "preallocated" not in node.states(instance).values()
 
     with compute_host.in_use(node.disk(instance, "disk.swap"), kind):
         node.arrived(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+    assert node.inodes(instance) == before
     del kept["disk.swap"]
     assert node.changed(instance, kept) == []
 
@@ -138,25 +139,25 @@ def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
     compute_host.write(stock.disk(instance), "qcow2")
     node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
     node.take_over(stock)
-    before = {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
+    before = node.inodes(instance)
 
     node.arrived(instance)
 
     assert node.states(instance) == all_disks("reserved")
-    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+    assert node.inodes(instance) == before
 
 
 def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]) -> None:
     node = host(imgprealloc__mode="full", imgprealloc__on_unsupported="full")
 
-    strategy = imgprealloc.nova._preallocator(node.instance(), running=True)
+    strategy = healing.for_running_guest(imgprealloc.nova._preallocator(node.instance()))
 
     assert (strategy.mode, strategy.on_unsupported) == ("falloc", "metadata")
 
 
 @KINDS
 def test_migration_that_is_over_is_not_failed_by_a_disk(
-    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node, instance = _arriving(host, kind)
 

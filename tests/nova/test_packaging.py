@@ -65,7 +65,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     target = tmp_path_factory.mktemp("wheel")
     # A copy has no git to tell the version.
     env = {**os.environ, "PBR_VERSION": "1.0.0"}
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", target, source]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(target), str(source)]
     subprocess.run(command, env=env, cwd="/", check=True)
     (built,) = target.glob("*.whl")
     return built

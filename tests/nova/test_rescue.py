@@ -7,7 +7,6 @@ from collections.abc import Callable
 import os
 
 import compute_host
-from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
@@ -26,13 +25,13 @@ def test_rescue_disk_is_as_stock_nova_makes_it_and_the_instances_disks_untouched
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
 
     node.rescue(instance)
 
     assert _size(node.disk(instance, "disk.rescue")) == _size(stock.disk(by_stock, "disk.rescue"))
     assert [os.path.basename(disk.source_path) for disk in node.described(instance)] == ["disk.rescue", "disk"]
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     node.driver.unrescue(compute_host.CONTEXT, instance)
     assert node.changed(instance, kept) == []
 
@@ -53,13 +52,13 @@ def test_unrescue_goes_back_to_disks_that_are_as_they_were(host: Callable[..., H
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     node.rescue(instance)
 
     node.driver.unrescue(compute_host.CONTEXT, instance)
 
     assert not os.path.exists(node.disk(instance, "disk.rescue"))
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.states(instance) == all_disks("preallocated")
     assert node.changed(instance, kept) == []
 

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
+import importlib
 import os
 import subprocess
 from typing import Any
 
 import compute_host
-from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
+import images
 from nova.compute import power_state
 from oslo_utils import units
 import pytest
@@ -31,21 +31,21 @@ def _instance(node: Host, state: int) -> compute_host.Instance:
 def test_uploaded_image_passes_glances_inspector_and_reads_like_the_disk(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.SHUTDOWN)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
 
     uploaded = node.snapshot(instance)
 
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
-    assert compute_host.same(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
+    assert node.identities(instance) == before
 
 
 @KINDS
 def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, libvirt__snapshot_image_format="qcow2")
     instance = _instance(node, power_state.RUNNING)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     deltas: list[imgprealloc.DiskImage] = []
 
     def mirror(delta: str) -> None:
@@ -63,8 +63,8 @@ def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Ho
     assert delta.allocated_size < units.Mi
     assert _extended_l2(uploaded) is False
     assert _is_safe(uploaded)
-    assert compute_host.same(node.disk(instance), kind, uploaded, "qcow2")
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
+    assert node.identities(instance) == before
 
 
 def test_nothing_is_left_of_a_snapshot(host: Callable[..., Host]) -> None:
@@ -91,14 +91,13 @@ def _is_safe(path: str) -> bool:
     """Ask the inspector that guards Nova and Glance."""
     inspector: Any
     try:
-        from oslo_utils.imageutils import format_inspector as inspector
+        inspector = importlib.import_module("oslo_utils.imageutils.format_inspector")
     except ImportError:  # before oslo.utils 7.2, Nova has its own
-        from nova.image import format_inspector as inspector
+        inspector = importlib.import_module("nova.image.format_inspector")
     found = inspector.detect_file_format(path)
     # Nova's says yes, oslo.utils' says nothing or raises.
     return str(found) == "qcow2" and found.safety_check() in (True, None)
 
 
 def _extended_l2(path: str) -> Any:
-    done = subprocess.run(["qemu-img", "info", "--output=json", path], check=True, capture_output=True)
-    return json.loads(done.stdout)["format-specific"]["data"]["extended-l2"]
+    return images.info(path)["format-specific"]["data"]["extended-l2"]

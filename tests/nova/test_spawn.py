@@ -13,6 +13,7 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+import images
 from nova.compute import manager as compute_manager
 from nova.compute import utils as compute_utils
 import pytest
@@ -28,7 +29,7 @@ def test_spawn_preallocates_root_ephemeral_and_swap(host: Callable[..., Host], k
 
     assert node.states(instance) == all_disks("preallocated")
     assert {name: node.inspect(instance, name).virtual_size for name in DISKS} == DISKS
-    assert compute_host.same(node.disk(instance), kind, node.images[compute_host.IMAGE])
+    assert images.reads_like(node.disk(instance), kind, node.images[compute_host.IMAGE])
 
 
 def test_stock_spawn_does_not(host: Callable[..., Host]) -> None:
@@ -62,7 +63,7 @@ def test_rebuild_preallocates_the_new_disks_and_keeps_nothing_of_the_old(host: C
 
     assert node.states(instance) == all_disks("preallocated")
     assert all(os.stat(node.disk(instance, name)).st_mtime_ns > before[name] for name in DISKS)
-    assert compute_host.same(node.disk(instance), kind, node.images[compute_host.IMAGE])
+    assert images.reads_like(node.disk(instance), kind, node.images[compute_host.IMAGE])
 
 
 @KINDS
@@ -70,13 +71,13 @@ def test_evacuated_instance_gets_its_disks_back_as_they_were(host: Callable[...,
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
     assert node.states(instance) == all_disks("preallocated")
 
     # On shared storage the disks are there when the new host spawns.
     node.spawn(instance)
 
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.states(instance) == all_disks("preallocated")
     assert node.changed(instance, kept) == []
 
@@ -89,14 +90,14 @@ def test_evacuation_heals_disks_of_a_host_without_us_and_rewrites_none(host: Cal
     for name in DISKS:
         compute_host.lose_space(stock.disk(instance, name))
     assert stock.states(instance) == all_disks("thin")
-    before = {name: os.stat(stock.disk(instance, name)).st_ino for name in DISKS}
+    before = stock.inodes(instance)
     node = host(libvirt__images_type=kind)
     node.take_over(stock)
 
     node.spawn(instance)
 
     assert node.states(instance) == all_disks("reserved" if kind == "qcow2" else "preallocated")
-    assert {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS} == before
+    assert node.inodes(instance) == before
     assert node.changed(instance, kept) == []
 
 

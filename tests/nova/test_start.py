@@ -15,6 +15,7 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+import images
 import loop_filesystem
 import nova_disks
 from oslo_utils import units
@@ -40,15 +41,11 @@ def _full(directory: str) -> Iterator[None]:
         os.unlink(filler)
 
 
-def _inodes(node: Host, instance: compute_host.Instance) -> dict[str, int]:
-    return {name: os.stat(node.disk(instance, name)).st_ino for name in DISKS}
-
-
 @KINDS
 def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
-    kept, before = node.keep(instance), _inodes(node, instance)
+    kept, before = node.keep(instance), node.inodes(instance)
     for name in DISKS:
         compute_host.lose_space(node.disk(instance, name))
     assert node.states(instance) == all_disks(LOST[kind])
@@ -56,7 +53,7 @@ def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Ho
     node.start(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert _inodes(node, instance) == before
+    assert node.inodes(instance) == before
     assert node.changed(instance, kept) == []
 
 
@@ -65,11 +62,11 @@ def test_start_leaves_preallocated_disks_alone(host: Callable[..., Host], kind: 
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     kept = node.keep(instance)
-    before = {name: compute_host.identity(node.disk(instance, name)) for name in DISKS}
+    before = node.identities(instance)
 
     node.start(instance)
 
-    assert {name: compute_host.identity(node.disk(instance, name)) for name in DISKS} == before
+    assert node.identities(instance) == before
     assert node.changed(instance, kept) == []
 
 
@@ -79,14 +76,14 @@ def test_disk_that_nothing_was_written_to_is_not_replaced_at_a_start_either(
 ) -> None:
     stock = host(preallocated=False, preallocate_images="none", libvirt__images_type=kind)
     instance = stock.spawn(stock.instance())
-    before = _inodes(stock, instance)
+    before = stock.inodes(instance)
     node = host(libvirt__images_type=kind)
     node.take_over(stock)
 
     node.start(instance)
 
     assert node.states(instance) == all_disks({"qcow2": "reserved", "raw": "preallocated"}[kind])
-    assert _inodes(node, instance) == before
+    assert node.inodes(instance) == before
 
 
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
@@ -106,11 +103,11 @@ def test_raw_disk_of_a_host_that_is_switched_to_qcow2_is_not_rewritten(
     with contextlib.suppress(Exception):
         node.start(instance)
 
-    assert compute_host.same(path, "raw", kept["disk.eph0"])
+    assert images.reads_like(path, "raw", kept["disk.eph0"])
 
 
 def test_disk_without_a_backing_file_is_started_on_a_full_host_as_by_stock_nova(
-    host: Callable[..., Host], caplog: Any
+    host: Callable[..., Host], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Nova starts such disks without its image backends, and without fallocate.
     node = host(libvirt__images_type="raw")
@@ -131,7 +128,7 @@ def test_disks_of_stock_nova_are_rewritten_at_a_start_only_if_the_operator_asks(
 ) -> None:
     stock = host(preallocated=False, libvirt__images_type="qcow2")
     instance = stock.spawn(stock.instance())
-    kept, before = stock.keep(instance), _inodes(stock, instance)
+    kept, before = stock.keep(instance), stock.inodes(instance)
     assert stock.states(instance) == all_disks("thin")
     node = host(libvirt__images_type="qcow2", imgprealloc__existing_disks=existing_disks)
     node.take_over(stock)
@@ -139,7 +136,7 @@ def test_disks_of_stock_nova_are_rewritten_at_a_start_only_if_the_operator_asks(
     node.start(instance)
 
     assert node.states(instance) == all_disks(state)
-    assert (_inodes(node, instance) == before) == (existing_disks == "reserve")
+    assert (node.inodes(instance) == before) == (existing_disks == "reserve")
     assert node.changed(instance, kept) == []
 
 
@@ -167,7 +164,7 @@ def test_trim_is_let_through_where_nothing_is_held(host: Callable[..., Host]) ->
 
 @KINDS
 def test_mode_that_there_is_not_in_an_old_flavor_keeps_no_guest_from_starting(
-    host: Callable[..., Host], kind: str, caplog: Any
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Nova's API validates extra specs only from its version 2.86 on, and an
     # instance keeps its flavor for life.
@@ -182,7 +179,7 @@ def test_mode_that_there_is_not_in_an_old_flavor_keeps_no_guest_from_starting(
 
 @KINDS
 def test_fault_of_ours_keeps_no_guest_from_starting(
-    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
@@ -198,7 +195,9 @@ def test_fault_of_ours_keeps_no_guest_from_starting(
 
 
 @KINDS
-def test_disk_that_is_not_ours_to_write_is_told_and_started(host: Callable[..., Host], kind: str, caplog: Any) -> None:
+def test_disk_that_is_not_ours_to_write_is_told_and_started(
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     node = host(libvirt__images_type=kind)
     instance = node.spawn(node.instance())
     compute_host.lose_space(node.disk(instance))

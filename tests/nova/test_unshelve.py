@@ -12,6 +12,7 @@ from unittest import mock
 import compute_host
 from compute_host import Host
 from compute_host import all_disks
+import images
 from nova.compute import task_states
 from nova.compute import vm_states
 from nova.virt.libvirt import utils as libvirt_utils
@@ -57,7 +58,7 @@ def test_disks_are_preallocated_and_read_like_the_snapshot(
     instance = node.spawn(node.instance(image_ref=SNAPSHOT, **fields))
 
     assert node.states(instance) == all_disks("preallocated")
-    assert compute_host.same(node.disk(instance), kind, snapshot)
+    assert images.reads_like(node.disk(instance), kind, snapshot)
 
 
 @ARRIVALS
@@ -83,7 +84,7 @@ def test_overlay_whose_original_image_is_gone_stands_alone_and_is_preallocated(
 
     assert _base(node, instance) is None
     assert node.states(instance) == all_disks("preallocated")
-    assert compute_host.same(node.disk(instance), "qcow2", snapshot)
+    assert images.reads_like(node.disk(instance), "qcow2", snapshot)
 
 
 def test_disk_that_stands_alone_is_healed_at_the_next_start(host: Callable[..., Host]) -> None:
@@ -97,7 +98,7 @@ def test_disk_that_stands_alone_is_healed_at_the_next_start(host: Callable[..., 
     node.start(instance)
 
     assert node.states(instance) == all_disks("preallocated")
-    assert compute_host.same(node.disk(instance), "qcow2", snapshot)
+    assert images.reads_like(node.disk(instance), "qcow2", snapshot)
 
 
 def _base(node: Host, instance: compute_host.Instance) -> str | None:

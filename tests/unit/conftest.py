@@ -11,8 +11,8 @@ import os
 
 import pytest
 
-from imgprealloc import qemu_img
 from imgprealloc import log
+from imgprealloc import qemu_img
 from imgprealloc import record
 
 from .host import Host

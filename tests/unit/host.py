@@ -18,6 +18,7 @@ import json
 import os
 import struct
 from typing import Any
+from unittest import mock
 
 import fixtures
 from oslo_concurrency import processutils
@@ -25,6 +26,8 @@ from oslo_utils import units
 
 from imgprealloc import fallocate
 from imgprealloc import filesystem
+from imgprealloc import os_errors
+from imgprealloc import zeros
 from imgprealloc.filesystem import Filesystem
 
 from . import qcow2_file
@@ -35,6 +38,9 @@ SIZE = 16 * units.Mi
 ENOSPC = "No space left on device"
 EDQUOT = "Disk quota exceeded"
 
+ZEROS = ".imgprealloc-zeros"
+"""How the name of the file ends that a disk is grown over."""
+
 _METADATA = units.Mi
 # What falloc leaves out of its own metadata (facts.md: 56 KiB).
 _SMALL_HOLES = 56 * units.Ki
@@ -43,19 +49,36 @@ _EMPTY_FILE = 256 * units.Ki
 _READERS = ("info", "check", "measure", "--version")
 
 
+# By their modules.
+_OWN_PROCESSES = {"imgprealloc.zeros": "zeros", "imgprealloc.fallocate": "unshare"}
+
+# coreutils' timeout, which each program is started by.
+_TIMEOUT = ("timeout", "--foreground")
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program that was run."""
+    """A program that was run.
+
+    :param argv: as the program gets it, without the timeout that ends it
+    :param shown: the same, with the names of files for those that stand for
+        what this process has open
+    :param seconds: after which it would have been ended
+    :param is_over_zeros: whether it grows an image as if its backing file were zeros
+    """
 
     argv: tuple[str, ...]
     kwargs: Mapping[str, Any]
+    shown: tuple[str, ...] = ()
+    seconds: float = 0.0
+    is_over_zeros: bool = False
 
     @property
     def name(self) -> str:
         """qemu-img's sub-command, what a process of our own does, or the program."""
         if self.argv[0] == "qemu-img":
             return self.argv[1]
-        return self.argv[3] if "-m" in self.argv else os.path.basename(self.argv[0])
+        return _OWN_PROCESSES[self.argv[2]] if "-m" in self.argv else os.path.basename(self.argv[0])
 
     def after(self, option: str) -> str | None:
         """Return the word after an option, if the option was given."""
@@ -110,12 +133,15 @@ class Programs(fixtures.Fixture):
         """The names of the programs that ran, in order, less those that only look."""
         return [call.name for call in self.calls if call.name not in _READERS]
 
-    def _execute(self, *argv: str, **kwargs: Any) -> tuple[str, str]:
-        call = Call(argv, kwargs)
+    def _execute(self, *words: str, **kwargs: Any) -> tuple[str, str]:
+        assert (words[:2], words[2].partition("=")[0]) == (_TIMEOUT, "--kill-after")
+        argv = words[4:]
+        call = Call(argv, kwargs, tuple(map(os_errors.shown, argv)), float(words[3]), _is_over_zeros(argv))
         self.calls.append(call)
-        if argv[0] in self._missing:
-            self._fail_to_start(call)
-        kwargs["on_execute"](None)
+        for program in ("timeout", argv[0]):
+            if program in self._missing:
+                self._fail_to_start(call, program)
+        kwargs["on_execute"](mock.Mock())
         status, stderr = self._ends.get(call.name, (0, ""))
         answer = self.answers.get(call.name)
         stdout = "" if status == 1 or status < 0 or answer is None else answer(call)
@@ -127,16 +153,25 @@ class Programs(fixtures.Fixture):
     def _which(self, program: str, *how: Any, **more: Any) -> str | None:
         return None if program in self._missing else f"/usr/bin/{program}"
 
-    def _fail_to_start(self, call: Call) -> None:
+    def _fail_to_start(self, call: Call, program: str) -> None:
+        if program != "timeout":
+            raise failure(call, 127, f"timeout: failed to run command '{program}': No such file or directory")
         if call.limits is None:
-            raise FileNotFoundError(2, "No such file or directory", call.argv[0])
+            raise FileNotFoundError(2, "No such file or directory", program)
         raise failure(
-            call, 1, f"python -m oslo_concurrency.prlimit: failed to execute {call.argv[0]}: [Errno 2] No such file"
+            call, 1, f"python -m oslo_concurrency.prlimit: failed to execute {program}: [Errno 2] No such file"
         )
 
 
+def _is_over_zeros(argv: tuple[str, ...]) -> bool:
+    if "--image-opts" not in argv:
+        return False
+    return os_errors.shown(csv(argv[-2])["backing.file.filename"]).endswith(ZEROS)
+
+
 def failure(call: Call, status: int, stderr: str) -> processutils.ProcessExecutionError:
-    return processutils.ProcessExecutionError(stdout="", stderr=stderr, exit_code=status, cmd=" ".join(call.argv))
+    command = " ".join((*_TIMEOUT, "--kill-after=10", f"{call.seconds:.3f}", *call.argv))
+    return processutils.ProcessExecutionError(stdout="", stderr=stderr, exit_code=status, cmd=command)
 
 
 @dataclasses.dataclass
@@ -190,6 +225,7 @@ class Host(Programs):
             "create": self._create,
             "convert": self._convert,
             "resize": self._resize,
+            "rebase": self._rebase,
             "fallocate": self._fallocate,
             "zeros": self._zeros,
             "unshare": self._unshare,
@@ -250,6 +286,11 @@ class Host(Programs):
         """Return what there is to know about a file."""
         return self._disks[_key(path or self.path())]
 
+    @staticmethod
+    def content(path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
     @property
     def files(self) -> list[str]:
         return sorted(os.listdir(self.folder))
@@ -280,7 +321,8 @@ class Host(Programs):
     def _told(self, answer: Callable[[Call], dict[str, Any]]) -> Callable[[Call], str]:
         def tell(call: Call) -> str:
             said = answer(call)
-            self.amend.get(call.name, lambda _: None)(said)
+            amend: Callable[[dict[str, Any]], Any] = self.amend.get(call.name, lambda _: None)
+            amend(said)
             return json.dumps(said, indent=4)
 
         return tell
@@ -357,6 +399,10 @@ class Host(Programs):
 
     def _convert(self, call: Call) -> str:
         source, target = call.argv[-2:]
+        if "--image-opts" in call.argv:
+            image = csv(source)
+            source = image["file.filename"]
+            self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
         disk = self._disks[_key(source)]
         self._new(
             call, target, disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"), call.after("-F")
@@ -409,16 +455,22 @@ class Host(Programs):
         image = csv(target) if "--image-opts" in call.argv else None
         path = target if image is None else image["file.filename"]
         disk = self._disks[_key(path)]
+        format = call.after("-f") if image is None else image["driver"]
+        if format == "raw" != disk.format:
+            # As the caller says; a header in it means nothing.
+            disk = self._disks[_key(path)] = Disk("raw", os.path.getsize(path), held=disk.held)
         if size % 512 and disk.format != "raw":
             raise failure(call, 1, "qemu-img: The new size must be a multiple of 512")
         if size <= disk.virtual_size:
             raise failure(call, 1, "qemu-img: Use the --shrink option to perform a shrink operation.")
-        if image is not None:
+        if call.is_over_zeros and image is not None:
             # Else the base's last bytes would read as zeros: data lost.
             assert disk.virtual_size % disk.cluster_size == 0
             assert os.path.getsize(image["backing.file.filename"]) == size
-        elif preallocation != "off" and disk.backing_file is not None:
-            assert disk.extended_l2 or preallocation == "metadata"
+        else:
+            if image is not None:
+                self._assert_is_base(disk, path, image["backing.file.filename"])
+            assert preallocation in ("off", "metadata") or disk.backing_file is None or disk.extended_l2
         clusters, length = disk.clusters, os.path.getsize(path)
         os.truncate(path, size if disk.format == "raw" else length + size - disk.virtual_size)
         disk.virtual_size = size
@@ -427,6 +479,21 @@ class Host(Programs):
         if preallocation in ("falloc", "full"):
             self._take(call, disk, disk.held + os.path.getsize(path) - length)
         return ""
+
+    def _rebase(self, call: Call) -> str:
+        # -u: neither is opened, and nothing but the name is written.
+        assert "-u" in call.argv
+        path = call.argv[-1]
+        disk, length = self._disks[_key(path)], os.path.getsize(path)
+        disk.backing_file, disk.backing_format = call.after("-b"), call.after("-F")
+        self._write_header(path, disk, filled=disk.mapped > 0)
+        os.truncate(path, length)
+        return ""
+
+    def _assert_is_base(self, disk: Disk, path: str, base: str) -> None:
+        """Check that what an image is opened over is what its header names."""
+        named = os.path.join(os.path.dirname(os.path.realpath(path)), str(disk.backing_file))
+        assert os.path.samefile(named, base)
 
     def _fallocate(self, call: Call) -> str:
         disk = self._disks[_key(call.argv[-1])]
@@ -437,14 +504,14 @@ class Host(Programs):
         return ""
 
     def _zeros(self, call: Call) -> str:
-        path = call.argv[-1]
-        self._take(call, self._disks[_key(path)], os.path.getsize(path))
+        path, name = call.argv[-2:]
+        self._take(call, self._disks[_key(name)], os.path.getsize(name))
         # For real: the disks are small, and the holes are its own to find.
-        assert fallocate._main("zeros", path) == 0
+        assert zeros._main(path, name) == 0
         return ""
 
     def _unshare(self, call: Call) -> str:
-        self._disks[_key(call.argv[4])].shared = 0
+        self._disks[_key(call.argv[3])].shared = 0
         return ""
 
     @staticmethod
@@ -474,6 +541,8 @@ def _key(path: str) -> tuple[int, int]:
 
 # QEMU's side of its lock on an image (block/file-posix.c): byte 100 + n for "I use permission n".
 READS, WRITES, RESIZES = 100, 101, 103
+# Byte 200 + n for "nobody else may use permission n".
+NO_WRITER, NO_RESIZER = 201, 203
 
 
 def lock_byte(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:

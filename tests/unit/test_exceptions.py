@@ -7,7 +7,6 @@ from collections.abc import Callable
 import errno
 import inspect
 import os
-import pathlib
 
 import fixtures
 from oslo_concurrency import processutils
@@ -15,11 +14,11 @@ import pytest
 
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
-from imgprealloc import Qcow2Preallocator
 from imgprealloc import exceptions
 from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
+from . import in_format
 from .host import ENOSPC
 from .host import SIZE
 from .host import Host
@@ -30,12 +29,28 @@ def not_found(host: Host) -> None:
     Preallocator().inspect(host.path())
 
 
+def is_link(host: Host) -> None:
+    host.overlay(name="elsewhere")
+    os.symlink(host.path("elsewhere"), host.path())
+    in_format.qcow2().preallocate(host.path())
+
+
+def in_the_way(host: Host) -> None:
+    with open(host.path(".disk.imgprealloc"), "w") as file:
+        file.write("somebody's")
+    Preallocator().create(host.path(), SIZE)
+
+
+def not_certain(host: Host) -> None:
+    Preallocator().resize(host.raw(), 2 * SIZE)
+
+
 def exists(host: Host) -> None:
     Preallocator().create(host.raw(), SIZE)
 
 
 def invalid_size(host: Host) -> None:
-    Preallocator().resize(host.raw(), SIZE)
+    Preallocator().resize(host.raw(), SIZE, format="raw")
 
 
 def refused(host: Host) -> None:
@@ -45,7 +60,7 @@ def refused(host: Host) -> None:
 def in_use(host: Host) -> None:
     path = host.overlay()
     with opened_by_qemu(path):
-        Preallocator().preallocate(path)
+        in_format.qcow2().preallocate(path)
 
 
 def unsupported_format(host: Host) -> None:
@@ -53,7 +68,7 @@ def unsupported_format(host: Host) -> None:
 
 
 def mismatch(host: Host) -> None:
-    Qcow2Preallocator().inspect(host.raw())
+    in_format.qcow2().inspect(host.raw())
 
 
 def broken(host: Host) -> None:
@@ -72,13 +87,13 @@ def missing(host: Host) -> None:
 
 def too_old(host: Host) -> None:
     host.version = "5.1.0"
-    Preallocator().create(host.path(), SIZE, host.base(SIZE))
+    Preallocator().create(host.path(), SIZE, host.base(SIZE), backing_format="raw")
 
 
 def killed(host: Host) -> None:
     path = host.qcow2(mapped=0.5)
     host.ends("check", -9)
-    Qcow2Preallocator().inspect(path)
+    in_format.qcow2().inspect(path)
 
 
 def not_preallocated(host: Host) -> None:
@@ -98,8 +113,12 @@ def no_space(host: Host) -> None:
 
 
 def no_room_for_a_file(host: Host) -> None:
-    def full(path: str, *how: int) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    real = os.open
+
+    def full(path: str, flags: int, *mode: int, **how: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return real(path, flags, *mode, **how)
 
     with fixtures.MockPatchObject(replacement.os, "open", full):
         Preallocator().create(host.path(), SIZE)
@@ -113,6 +132,9 @@ def no_space_foreseen(host: Host) -> None:
 ERRORS: list[tuple[type[PreallocationError], Callable[[Host], None]]] = [
     (exceptions.DiskNotFound, not_found),
     (exceptions.DiskExists, exists),
+    (exceptions.DiskIsLink, is_link),
+    (exceptions.FileInTheWay, in_the_way),
+    (exceptions.FormatNotCertain, not_certain),
     (exceptions.InvalidSize, invalid_size),
     (exceptions.FileError, refused),
     (exceptions.ImageInUse, in_use),
@@ -150,14 +172,14 @@ def test_every_error_of_a_disk_is_provoked_here() -> None:
 
 
 @each_error
-def test_an_error_is_exactly_of_its_kind(
+def test_error_is_exactly_of_its_kind(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     assert type(raised(kind, provoke, host)) is kind
 
 
 @each_error
-def test_an_error_names_the_disk_what_was_found_and_a_way_out(
+def test_error_names_the_disk_what_was_found_and_a_way_out(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     error = raised(kind, provoke, host)
@@ -172,7 +194,7 @@ def test_an_error_names_the_disk_what_was_found_and_a_way_out(
 
 
 @each_error
-def test_an_error_is_what_the_caller_of_the_library_catches(
+def test_error_is_what_the_caller_of_the_library_catches(
     host: Host, kind: type[PreallocationError], provoke: Callable[[Host], None]
 ) -> None:
     with pytest.raises(PreallocationError):
@@ -180,7 +202,7 @@ def test_an_error_is_what_the_caller_of_the_library_catches(
 
 
 @pytest.mark.parametrize("provoke", [failed, no_space, no_space_foreseen, no_room_for_a_file])
-def test_a_failed_program_is_the_process_error_that_nova_reschedules_on(
+def test_failed_program_is_the_process_error_that_nova_reschedules_on(
     host: Host, provoke: Callable[[Host], None]
 ) -> None:
     with pytest.raises(processutils.ProcessExecutionError) as caught:
@@ -195,23 +217,24 @@ def test_a_failed_program_is_the_process_error_that_nova_reschedules_on(
     ("provoke", "command"),
     [(failed, "qemu-img create -q -f qcow2"), (no_space, "fallocate -n -o 0")],
 )
-def test_a_failed_program_is_told_with_its_command(host: Host, provoke: Callable[[Host], None], command: str) -> None:
+def test_failed_program_is_told_with_its_command(host: Host, provoke: Callable[[Host], None], command: str) -> None:
     with pytest.raises(exceptions.CommandFailed) as caught:
         provoke(host)
 
     assert str(caught.value.cmd).startswith(command)
-    assert host.path() in str(caught.value.cmd)
+    # The disk, or the new one beside it.
+    assert str(caught.value.cmd).endswith((host.path(), f"{host.path('.disk.imgprealloc')} {SIZE}"))
 
 
 @pytest.mark.parametrize("provoke", [failed, missing])
-def test_an_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Host], None]) -> None:
+def test_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Host], None]) -> None:
     with pytest.raises(PreallocationError) as caught:
         provoke(host)
 
     assert isinstance(caught.value.__cause__, (OSError, processutils.ProcessExecutionError))
 
 
-def test_an_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
+def test_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
     process_errors = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
 
     assert process_errors == {exceptions.CommandFailed, exceptions.NoSpace}
@@ -233,7 +256,7 @@ def test_what_the_system_refuses_is_told_with_its_reason_and_the_file(host: Host
     assert "No such file or directory" in error.reason
 
 
-def test_a_format_mismatch_can_be_caught_as_an_unsupported_format() -> None:
+def test_format_mismatch_can_be_caught_as_an_unsupported_format() -> None:
     assert issubclass(exceptions.FormatMismatch, exceptions.UnsupportedFormat)
 
 
@@ -244,13 +267,7 @@ def test_what_was_found_is_kept_with_the_promise_that_was_broken(host: Host) -> 
     assert (error.image.path, error.image.state) == (host.path(), "mapped")
 
 
-def test_a_path_object_becomes_text() -> None:
-    error = exceptions.DiskNotFound(pathlib.Path("/d/disk"), "gone", "Look.")
-
-    assert error.path == os.fspath("/d/disk")
-
-
-def test_a_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
+def test_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
     error = exceptions.IncompatibleNova(["Flat.cache: it is missing", "Qcow2.cache: it is missing"])
 
     assert error.faults == ("Flat.cache: it is missing", "Qcow2.cache: it is missing")

@@ -4,8 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import errno
-import fcntl
-import io
 import os
 import pathlib
 import struct
@@ -21,10 +19,10 @@ from imgprealloc.fallocate import Extent
 
 from .host import ENOSPC
 from .host import Programs
-from .host import opened_by_qemu
-from .host import standing_lock
 
 DISK = "/instances/1/disk"
+# What a program gets.
+NAME = "/proc/1/fd/7"
 
 # linux/fiemap.h
 LAST, DELALLOC, UNWRITTEN, SHARED = 0x1, 0x4, 0x800, 0x2000
@@ -41,20 +39,20 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
-    fallocate.reserve(DISK, 4096, units.Gi)
+    fallocate.reserve(DISK, NAME, 4096, units.Gi)
 
     [call] = programs.calls
     assert call.argv[0] == "fallocate"
     assert "-n" in call.argv
-    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", str(units.Gi), DISK)
+    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", str(units.Gi), NAME)
     # Nothing that would change what the file reads as.
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
 
 
-def test_a_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
+def test_small_stretch_is_reserved_without_a_process(programs: Programs, file: pathlib.Path) -> None:
     file.write_bytes(b"data")
 
-    fallocate.reserve(str(file), 0, 128 * units.Ki)
+    fallocate.reserve(DISK, str(file), 0, 128 * units.Ki)
 
     assert programs.calls == []
     assert file.read_bytes() == b"data"
@@ -64,19 +62,19 @@ def test_a_small_stretch_is_reserved_without_a_process(programs: Programs, file:
 def test_gaps_are_what_is_not_set_aside_also_past_the_last_extent() -> None:
     found = [Extent(0, 4096), Extent(8192, 4096)]
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
-        assert fallocate.gaps(DISK, 2048, 20000) == [Extent(4096, 4096), Extent(12288, 7712)]
-        assert fallocate.gaps(DISK, 0, 4096) == []
+        assert fallocate.gaps(NAME, 2048, 20000) == [Extent(4096, 4096), Extent(12288, 7712)]
+        assert fallocate.gaps(NAME, 0, 4096) == []
 
 
 def test_filesystem_that_cannot_tell_has_one_gap() -> None:
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: None):
-        assert fallocate.gaps(DISK, 512, 4096) == [Extent(512, 3584)]
+        assert fallocate.gaps(NAME, 512, 4096) == [Extent(512, 3584)]
 
 
 def test_very_many_gaps_are_taken_together() -> None:
     found = [Extent(number * 8192 + 4096, 4096) for number in range(5000)]
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
-        gaps = fallocate.gaps(DISK, 0, 5000 * 8192)
+        gaps = fallocate.gaps(NAME, 0, 5000 * 8192)
 
     assert len(gaps) <= 500
     assert (gaps[0].start, gaps[-1].end) == (0, 4999 * 8192 + 4096)
@@ -86,82 +84,53 @@ def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs) -> Non
     programs.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace, match=DISK):
-        fallocate.reserve(DISK, 0, units.Gi)
-
-
-def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
-    programs: Programs, file: pathlib.Path
-) -> None:
-    os.truncate(file, units.Mi)
-
-    fallocate.write_zeros(str(file))
-
-    [call] = programs.calls
-    assert call.argv == (sys.executable, "-m", "imgprealloc.fallocate", "zeros", str(file))
-
-
-@pytest.mark.parametrize("content", [b"", b"x" * units.Mi], ids=["empty", "without holes"])
-def test_a_file_without_holes_gets_no_zeros(programs: Programs, file: pathlib.Path, content: bytes) -> None:
-    file.write_bytes(content)
-
-    fallocate.write_zeros(str(file))
-
-    assert programs.calls == []
-
-
-def test_no_process_is_started_to_write_zeros_to_a_disk_in_use(programs: Programs, file: pathlib.Path) -> None:
-    os.truncate(file, units.Mi)
-
-    with opened_by_qemu(str(file)), pytest.raises(exceptions.ImageInUse):
-        fallocate.write_zeros(str(file))
-
-    assert programs.calls == []
+        fallocate.reserve(DISK, NAME, 0, units.Gi)
 
 
 def test_unsharing_runs_in_a_process_of_its_own(programs: Programs) -> None:
-    fallocate.unshare(DISK, [Extent(0, 4096, shared=True), Extent(8192, 512, shared=True)])
+    fallocate.unshare(DISK, NAME, [Extent(0, 4096, shared=True), Extent(8192, 512, shared=True)])
 
     [call] = programs.calls
-    assert call.argv == (sys.executable, "-m", "imgprealloc.fallocate", "unshare", DISK, "0:4096", "8192:512")
+    assert call.argv == (sys.executable, "-m", "imgprealloc.fallocate", NAME, "0:4096", "8192:512")
 
 
 def test_unsharing_thousands_of_extents_keeps_below_the_limit_of_a_command_line(programs: Programs) -> None:
     extents = [Extent(number * 8192, 4096) for number in range(2500)]
 
-    fallocate.unshare(DISK, extents)
+    fallocate.unshare(DISK, NAME, extents)
 
-    stretches = [call.argv[5:] for call in programs.calls]
+    stretches = [call.argv[4:] for call in programs.calls]
     assert max(map(len, stretches)) <= 1000
     assert [word for words in stretches for word in words] == [f"{extent.start}:4096" for extent in extents]
 
 
 def test_nothing_to_unshare_runs_nothing(programs: Programs) -> None:
-    fallocate.unshare(DISK, [])
+    fallocate.unshare(DISK, NAME, [])
 
     assert programs.calls == []
 
 
-# The process behind unshare() and write_zeros().
+# The process behind unshare().
 
 
-def test_the_process_unshares_every_stretch(file: pathlib.Path) -> None:
+def test_process_unshares_every_stretch(file: pathlib.Path) -> None:
     seen: list[tuple[int, int, int]] = []
     with fixtures.MockPatchObject(fallocate, "_fallocate", lambda fd, *arguments: seen.append(arguments)):
-        status = fallocate._main("unshare", str(file), "0:4096", "8192:512")
+        status = fallocate._main(str(file), "0:4096", "8192:512")
 
     # FALLOC_FL_UNSHARE_RANGE of linux/falloc.h
     assert seen == [(0x40, 0, 4096), (0x40, 8192, 512)]
     assert status == 0
 
 
-def test_the_process_says_in_the_words_of_strerror_what_went_wrong(
+def test_process_says_in_the_words_of_strerror_what_went_wrong(
     file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with fixtures.MockPatchObject(fallocate, "_fallocate", full):
-        status = fallocate._main("unshare", str(file), "0:4096")
+        status = fallocate._main(str(file), "0:4096")
 
     assert status == 1
     assert ENOSPC in capsys.readouterr().err
@@ -215,7 +184,7 @@ def test_extents_that_touch_are_one_unless_one_is_shared(file: pathlib.Path) -> 
     ]
 
 
-def test_a_file_without_extents_has_none(file: pathlib.Path) -> None:
+def test_file_without_extents_has_none(file: pathlib.Path) -> None:
     with Fiemap([]):
         assert fallocate.extents(str(file)) == []
 
@@ -232,7 +201,7 @@ def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) 
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
-def test_a_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
+def test_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
     with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(code)):
         assert fallocate.extents(str(file)) is None
 
@@ -273,27 +242,27 @@ def test_space_that_is_really_there_is_believed(file: pathlib.Path) -> None:
     assert supported(file, write) is True
 
 
-def test_a_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
+def test_yes_that_sets_nothing_aside_is_a_no(file: pathlib.Path) -> None:
     # As on ZFS.
     assert supported(file, lambda *arguments: None) is False
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
+def test_filesystem_that_says_no_is_believed(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is False
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
+def test_full_filesystem_that_knows_fallocate_is_not_one_without_it(file: pathlib.Path, code: int) -> None:
     assert supported(file, raises(code)) is True
 
 
-def test_a_fault_is_not_an_answer(file: pathlib.Path) -> None:
+def test_fault_is_not_an_answer(file: pathlib.Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         supported(file, raises(errno.EIO))
 
 
-def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
+def test_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     modes: list[int] = []
 
     supported(file, lambda fd, mode, offset, length: modes.append(mode))
@@ -302,67 +271,6 @@ def test_the_probe_is_left_at_its_length(file: pathlib.Path) -> None:
     assert modes == [1]
 
 
-def test_the_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
+def test_c_library_s_error_becomes_an_oserror(file: pathlib.Path) -> None:
     with file.open("rb") as unwritable, pytest.raises(OSError, match="Bad file descriptor"):
         fallocate._fallocate(unwritable.fileno(), 0, 0, 4096)
-
-
-def test_the_process_fills_every_hole_and_leaves_what_is_written(file: pathlib.Path) -> None:
-    with file.open("wb") as disk:
-        disk.seek(256 * units.Ki)
-        disk.write(b"x" * 65536)
-        disk.truncate(3 * units.Mi)
-    before = file.read_bytes()
-
-    assert fallocate._main("zeros", str(file)) == 0
-
-    assert file.read_bytes() == before
-    assert fallocate._holes(str(file)) == []
-
-
-def test_the_process_writes_nothing_while_a_guest_may_write(file: pathlib.Path) -> None:
-    os.truncate(file, units.Mi)
-    # One that has come after the caller has looked.
-    with opened_by_qemu(str(file)):
-        assert fallocate._main("zeros", str(file)) == 1
-
-    assert fallocate._holes(str(file)) != []
-
-
-def test_the_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> None:
-    with file.open("wb") as disk:
-        disk.write(b"x" * 65536)
-        disk.truncate(5 * units.Mi // 2)
-    written: list[tuple[int, int]] = []
-
-    class Watched(io.FileIO):
-        def write(self, data: bytes) -> int:
-            written.append((self.tell(), len(data)))
-            return super().write(data)
-
-    with fixtures.MockPatch("builtins.open", lambda path, mode, **how: Watched(path, mode.replace("b", ""))):
-        assert fallocate._main("zeros", str(file)) == 0
-
-    assert written == [(65536, units.Mi), (65536 + units.Mi, units.Mi), (65536 + 2 * units.Mi, units.Mi // 2 - 65536)]
-
-
-def test_zeros_are_on_stable_storage_before_a_guest_may_write_again(file: pathlib.Path) -> None:
-    locks: list[int] = []
-    with (
-        file.open("rb") as guest,
-        # 201: "nobody else may write".
-        fixtures.MockPatchObject(os, "fdatasync", lambda fd: locks.append(standing_lock(guest.fileno(), 201))),
-    ):
-        fallocate._main("zeros", str(file))
-
-    assert locks == [fcntl.F_RDLCK]
-
-
-def test_zeros_that_do_not_fit_are_told_in_the_words_of_strerror(
-    file: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with fixtures.MockPatchObject(os, "fdatasync", raises(errno.ENOSPC)):
-        status = fallocate._main("zeros", str(file))
-
-    assert status == 1
-    assert ENOSPC in capsys.readouterr().err

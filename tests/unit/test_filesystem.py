@@ -3,12 +3,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import MutableSequence
 import errno
+import fcntl
 import os
 import pathlib
+import tempfile
 from types import SimpleNamespace
 
 import fixtures
+import psutil
 import pytest
 
 from imgprealloc import fallocate
@@ -22,7 +26,7 @@ NOCOW = 0x00800000
 def mounts() -> Iterator[Callable[..., None]]:
     """Give a function that sets the mount points and types of the host."""
     table: list[SimpleNamespace] = []
-    with fixtures.MockPatchObject(filesystem.psutil, "disk_partitions", lambda all: table):
+    with fixtures.MockPatchObject(psutil, "disk_partitions", lambda all: table):
         yield lambda types: table.extend(
             SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in types.items()
         )
@@ -61,13 +65,13 @@ def test_what_a_filesystem_can_promise(
     assert under(tmp_path, can) == expected
 
 
-def test_the_look_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
+def test_look_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
     under(tmp_path, True)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_look_is_taken_on_the_filesystem_itself(tmp_path: pathlib.Path) -> None:
+def test_look_is_taken_on_the_filesystem_itself(tmp_path: pathlib.Path) -> None:
     devices: list[int] = []
 
     with fixtures.MockPatchObject(fallocate, "supported", lambda fd, length: devices.append(os.fstat(fd).st_dev)):
@@ -77,18 +81,18 @@ def test_the_look_is_taken_on_the_filesystem_itself(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_filesystem_too_full_to_be_looked_at_is_believed(
+def test_filesystem_too_full_to_be_looked_at_is_believed(
     tmp_path: pathlib.Path, mounts: Callable[..., None], code: int
 ) -> None:
     mounts({"/": "xfs"})
 
-    with fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(code)):
+    with fixtures.MockPatchObject(tempfile, "TemporaryFile", refusing(code)):
         assert filesystem.under(str(tmp_path)) == Filesystem("xfs", fallocate=True, copy_on_write=False)
 
 
-def test_a_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.Path) -> None:
+def test_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.Path) -> None:
     with (
-        fixtures.MockPatchObject(filesystem.tempfile, "TemporaryFile", refusing(errno.EROFS)),
+        fixtures.MockPatchObject(tempfile, "TemporaryFile", refusing(errno.EROFS)),
         pytest.raises(OSError, match="Read-only"),
     ):
         filesystem.under(str(tmp_path))
@@ -103,39 +107,39 @@ def test_a_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.
         ("/etc/passwd", "overlay"),
     ],
 )
-def test_a_path_is_on_the_filesystem_of_its_nearest_mount_point(
+def test_path_is_on_the_filesystem_of_its_nearest_mount_point(
     mounts: Callable[..., None], path: str, kind: str
 ) -> None:
     mounts({"/": "overlay", "/srv": "ext4", "/srv/nova": "xfs"})
 
-    assert filesystem._type(path) == kind
+    assert filesystem.type_of(path) == kind
 
 
-def test_a_link_is_followed_to_the_filesystem_that_it_leads_to(
+def test_link_is_followed_to_the_filesystem_that_it_leads_to(
     tmp_path: pathlib.Path, mounts: Callable[..., None]
 ) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far")
     mounts({"/": "ext4", str(tmp_path / "far"): "btrfs"})
 
-    assert filesystem._type(str(tmp_path / "link" / "disk")) == "btrfs"
+    assert filesystem.type_of(str(tmp_path / "link" / "disk")) == "btrfs"
 
 
-def test_a_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..., None]) -> None:
+def test_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..., None]) -> None:
     mounts({})
 
-    assert filesystem._type("/disk") == "unknown"
+    assert filesystem.type_of("/disk") == "unknown"
 
 
 def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:
-    def ioctl(fd: int, request: int, buffer: object) -> int:
+    def ioctl(fd: int, request: int, buffer: MutableSequence[int]) -> int:
         assert request == 0x80086601
         if flags is None:
             raise OSError(errno.ENOTTY, "no flags here")
         buffer[0] = flags
         return 0
 
-    with fixtures.MockPatchObject(filesystem.fcntl, "ioctl", ioctl):
+    with fixtures.MockPatchObject(fcntl, "ioctl", ioctl):
         return filesystem.copies_on_write(str(path))
 
 
@@ -161,10 +165,21 @@ def test_which_files_take_new_space_when_they_are_overwritten(
 
 
 @pytest.mark.parametrize(("user", "blocks"), [(0, 100), (162, 95)])
-def test_the_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: int) -> None:
+def test_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: int) -> None:
     space = SimpleNamespace(f_bfree=100, f_bavail=95, f_frsize=4096, f_bsize=65536)
     with (
-        fixtures.MockPatchObject(filesystem.os, "statvfs", lambda directory: space),
-        fixtures.MockPatchObject(filesystem.os, "geteuid", lambda: user),
+        fixtures.MockPatchObject(os, "statvfs", lambda directory: space),
+        fixtures.MockPatchObject(os, "geteuid", lambda: user),
     ):
         assert filesystem.available("/srv") == blocks * 4096
+
+
+@pytest.mark.parametrize(
+    ("kind", "remote"),
+    [("nfs", True), ("nfs4", True), ("ceph", True), ("fuse.sshfs", True), ("fuse", True), ("ext4", False),
+     ("xfs", False), ("btrfs", False), ("overlay", False)],
+)  # fmt: skip
+def test_which_filesystems_other_hosts_may_have_open(mounts: Callable[..., None], kind: str, remote: bool) -> None:
+    mounts({"/": "ext4", "/srv": kind})
+
+    assert filesystem.is_remote("/srv/disk") is remote

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from oslo_utils import units
 import pytest
 
 from imgprealloc import DiskImage
+from imgprealloc.image import FileStamp
 
 WORST_CASE = 2 * units.Gi
+
+STAMP = FileStamp(device=1, inode=2, size=3, modified=4, changed=5)
 
 
 def image(**facts: Any) -> DiskImage:
@@ -22,7 +26,7 @@ def image(**facts: Any) -> DiskImage:
         "held_size": 0,
         "shared_bytes": 0,
         "copy_on_write": False,
-        "modified": 0,
+        "stamp": STAMP,
     }
     return DiskImage(**{**values, **facts})
 
@@ -61,11 +65,32 @@ def test_copy_on_write_makes_all_held_space_worthless() -> None:
     assert (disk.shortfall, disk.held, disk.state) == (WORST_CASE, False, "mapped")
 
 
-def test_a_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
+def test_snapshot_makes_mapped_clusters_copy_on_write_again() -> None:
     disk = image(clusters=10, mapped_clusters=10, held_size=WORST_CASE, snapshots=1)
 
     assert (disk.mapped, disk.state) == (False, "reserved")
 
 
-def test_a_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
+def test_raw_disk_on_a_copy_on_write_filesystem_is_thin() -> None:
     assert image(format="raw", held_size=WORST_CASE, copy_on_write=True).state == "thin"
+
+
+def test_two_looks_at_one_disk_are_equal_whenever_they_were_taken() -> None:
+    assert image() == image(stamp=dataclasses.replace(STAMP, changed=6))
+
+
+@pytest.mark.parametrize("fact", ["device", "inode", "size", "modified", "changed"])
+def test_stamp_tells_another_file_and_another_content(fact: str) -> None:
+    assert dataclasses.replace(STAMP, **{fact: 9}) != STAMP
+
+
+@pytest.mark.parametrize(
+    ("image_end", "file_size", "stray"),
+    [(65536, 65536, False), (65535, 65536, False), (65536, 65537, True), (1, 65536, False), (0, 1, True)],
+)
+def test_stray_bytes_are_those_after_the_last_cluster(image_end: int, file_size: int, stray: bool) -> None:
+    assert image(cluster_size=65536, image_end=image_end, file_size=file_size).has_stray_bytes is stray
+
+
+def test_raw_disk_has_no_stray_bytes() -> None:
+    assert not image(format="raw", cluster_size=None, file_size=units.Gi).has_stray_bytes

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks for real: the kernel keeps two files opened in one process apart."""
+"""Locks and leases for real: the kernel keeps two files opened in one process apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import os
 import pathlib
+import subprocess
+import sys
+from typing import Any
 
 import fixtures
 import pytest
 
 from imgprealloc import exceptions
+from imgprealloc import filesystem
 from imgprealloc import lock
 
 from . import host
 
-# QEMU's side (block/file-posix.c): byte 200 + n for "nobody else may use permission n".
-NO_WRITER, NO_RESIZER = 201, 203
+
+@pytest.fixture(autouse=True)
+def impatient() -> Iterator[None]:
+    """Wait for nobody who has the file open."""
+    with fixtures.MockPatchObject(lock, "_PAUSE", 0):
+        yield
 
 
 @pytest.fixture
@@ -28,78 +38,202 @@ def disk(tmp_path: pathlib.Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def fd(disk: str) -> Iterator[int]:
+    """Give the disk, open as a verb has it."""
+    with open(disk, "r+b") as file:
+        yield file.fileno()
+
+
 def qemu_may_write(path: str) -> bool:
     """Look as QEMU does when it opens an image for writing."""
     with open(path, "rb") as file:
-        return all(host.standing_lock(file.fileno(), byte) == fcntl.F_UNLCK for byte in (NO_WRITER, NO_RESIZER))
+        return all(
+            host.standing_lock(file.fileno(), byte) == fcntl.F_UNLCK for byte in (host.NO_WRITER, host.NO_RESIZER)
+        )
 
 
-def test_a_disk_that_nobody_has_is_not_in_use(disk: str) -> None:
-    assert lock.in_use(disk) is False
+# What QEMU's bytes tell.
+
+
+def test_disk_that_nobody_has_has_no_writer(fd: int) -> None:
+    assert lock.has_writer(fd) is False
 
 
 @pytest.mark.parametrize("byte", [host.WRITES, host.RESIZES])
-def test_a_disk_that_qemu_may_write_or_resize_is_in_use(disk: str, byte: int) -> None:
+def test_disk_that_qemu_may_write_or_resize_has_a_writer(disk: str, fd: int, byte: int) -> None:
     with host.opened_by_qemu(disk, byte):
-        assert lock.in_use(disk) is True
+        assert lock.has_writer(fd) is True
 
 
-def test_a_disk_that_qemu_only_reads_is_not_in_use(disk: str) -> None:
-    with host.opened_by_qemu(disk, host.READS):
-        assert lock.in_use(disk) is False
+@pytest.mark.parametrize("byte", [host.READS, host.NO_WRITER, host.NO_RESIZER])
+def test_disk_that_qemu_only_reads_has_no_writer(disk: str, fd: int, byte: int) -> None:
+    with host.opened_by_qemu(disk, byte):
+        assert lock.has_writer(fd) is False
 
 
-def test_a_writer_is_refused(disk: str) -> None:
-    with host.opened_by_qemu(disk), pytest.raises(exceptions.ImageInUse, match=disk):
-        lock.refuse_writer(disk)
+@pytest.mark.parametrize("byte", [host.WRITES, host.RESIZES, host.NO_WRITER, host.NO_RESIZER])
+def test_whoever_qemu_would_be_refused_by_is_refused_to_us(disk: str, fd: int, byte: int) -> None:
+    # 201 and 203 are held by a guest whose disk stands on this one.
+    with host.opened_by_qemu(disk, byte):
+        with pytest.raises(exceptions.ImageInUse, match=disk):
+            lock.refuse_users(disk, fd)
+        with pytest.raises(exceptions.ImageInUse, match=disk), lock.no_writer(disk, fd):
+            pytest.fail("the block must not run")
 
 
-def test_a_reader_is_not_refused(disk: str) -> None:
-    with host.opened_by_qemu(disk, host.READS):
-        lock.refuse_writer(disk)
+def test_disk_that_nobody_has_open_is_not_refused(disk: str, fd: int) -> None:
+    lock.refuse_users(disk, fd)
 
 
-def test_qemu_cannot_open_for_writing_what_is_kept_from_writers(disk: str) -> None:
-    with lock.no_writer(disk):
+# Writers are kept away.
+
+
+def test_qemu_cannot_open_for_writing_what_is_kept_from_writers(disk: str, fd: int) -> None:
+    with lock.no_writer(disk, fd):
         assert qemu_may_write(disk) is False
 
 
-@pytest.mark.parametrize("byte", [NO_WRITER, NO_RESIZER])
-def test_both_writing_and_resizing_are_forbidden(disk: str, byte: int) -> None:
-    with lock.no_writer(disk), open(disk, "rb") as file:
+@pytest.mark.parametrize("byte", [host.NO_WRITER, host.NO_RESIZER])
+def test_both_writing_and_resizing_are_forbidden(disk: str, fd: int, byte: int) -> None:
+    with lock.no_writer(disk, fd), open(disk, "rb") as file:
         assert host.standing_lock(file.fileno(), byte) != fcntl.F_UNLCK
 
 
-def test_qemu_can_open_for_writing_afterwards(disk: str) -> None:
-    with lock.no_writer(disk):
+def test_qemu_can_open_for_writing_afterwards(disk: str, fd: int) -> None:
+    with lock.no_writer(disk, fd):
         pass
 
     assert qemu_may_write(disk) is True
 
 
-def test_qemu_can_open_for_writing_after_an_error(disk: str) -> None:
-    with contextlib.suppress(ZeroDivisionError), lock.no_writer(disk):
+def test_qemu_can_open_for_writing_after_an_error(disk: str, fd: int) -> None:
+    with contextlib.suppress(ZeroDivisionError), lock.no_writer(disk, fd):
         raise ZeroDivisionError
 
     assert qemu_may_write(disk) is True
 
 
-def test_a_disk_with_a_writer_cannot_be_kept_from_writers(disk: str) -> None:
+def test_disk_with_a_writer_cannot_be_kept_from_writers(disk: str, fd: int) -> None:
     with host.opened_by_qemu(disk):
-        with pytest.raises(exceptions.ImageInUse), lock.no_writer(disk):
+        with pytest.raises(exceptions.ImageInUse), lock.no_writer(disk, fd):
             pytest.fail("the block must not run")
         assert qemu_may_write(disk) is True
 
 
-def test_two_may_keep_writers_away_at_the_same_time(disk: str) -> None:
-    with lock.no_writer(disk), lock.no_writer(disk):
+def test_of_two_that_keep_writers_away_the_second_is_refused(disk: str, fd: int) -> None:
+    with lock.no_writer(disk, fd), open(disk, "r+b") as second:
+        with pytest.raises(exceptions.ImageInUse), lock.no_writer(disk, second.fileno()):
+            pytest.fail("the block must not run")
         assert qemu_may_write(disk) is False
 
 
-def test_qemu_may_read_what_is_kept_from_writers(disk: str) -> None:
-    with lock.no_writer(disk), open(disk, "rb") as file:
+def test_qemu_may_read_what_is_kept_from_writers(disk: str, fd: int) -> None:
+    with lock.no_writer(disk, fd), open(disk, "rb") as file:
         # 200: "nobody else may read".
         assert host.standing_lock(file.fileno(), 200) == fcntl.F_UNLCK
+
+
+# Whoever has it open without QEMU's bytes.
+
+
+@pytest.mark.parametrize("mode", ["rb", "r+b"])
+def test_open_file_elsewhere_is_refused(disk: str, fd: int, mode: str) -> None:
+    # A guest that is being restored has its disk open, and no lock on it.
+    with open(disk, mode), pytest.raises(exceptions.ImageInUse, match=f"fuser -v {disk}"):
+        lock.refuse_users(disk, fd)
+
+
+def test_open_file_that_is_soon_closed_is_waited_for(disk: str, fd: int) -> None:
+    other = open(disk, "rb")  # noqa: SIM115
+    with fixtures.MockPatchObject(lock.time, "sleep", lambda seconds: other.close()):
+        lock.refuse_users(disk, fd)
+
+    assert other.closed
+
+
+def test_no_lease_stays_behind(disk: str, fd: int) -> None:
+    lock.refuse_users(disk, fd)
+
+    assert fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+
+
+def test_who_opens_the_disk_while_it_is_looked_at_does_not_end_us(disk: str) -> None:
+    # The kernel tells the holder of a lease by a signal that ends a process by default.
+    code = f"""
+import fcntl, os, subprocess, sys
+from imgprealloc import lock
+
+real = fcntl.fcntl
+
+def opened_meanwhile(fd, command, *argument):
+    answer = real(fd, command, *argument)
+    if (command, argument) == (fcntl.F_SETLEASE, (fcntl.F_WRLCK,)):
+        other = "import os\\ntry: os.open({disk!r}, os.O_RDWR | os.O_NONBLOCK)\\nexcept BlockingIOError: print('met')"
+        subprocess.run([sys.executable, "-c", other], check=True)
+    return answer
+
+lock.fcntl.fcntl = opened_meanwhile
+lock.refuse_users({disk!r}, os.open({disk!r}, os.O_RDWR))
+print("alive")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout.split()) == (0, ["met", "alive"])
+
+
+def without_leases(code: int) -> fixtures.Fixture:
+    real = fcntl.fcntl
+
+    def refuse(fd: int, command: int, *argument: Any) -> Any:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(code, os.strerror(code))
+        return real(fd, command, *argument)
+
+    return fixtures.MockPatchObject(lock.fcntl, "fcntl", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_a_filesystem_has_no_leases_we_do_without(disk: str, fd: int, code: int) -> None:
+    with without_leases(code), open(disk, "rb"):
+        lock.refuse_users(disk, fd)
+
+
+def test_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
+    with without_leases(errno.EAGAIN), fixtures.MockPatchObject(filesystem, "is_remote", lambda path: True):
+        lock.refuse_users(disk, fd)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES])
+def test_loop_device_s_file_is_refused_also_without_leases(
+    disk: str, fd: int, tmp_path: pathlib.Path, code: int
+) -> None:
+    attribute = tmp_path / "backing_file"
+    attribute.write_text(f"{disk}\n")
+
+    with (
+        without_leases(code),
+        fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(tmp_path / "gone"), str(attribute)]),
+        pytest.raises(exceptions.ImageInUse, match="losetup --list"),
+    ):
+        lock.refuse_users(disk, fd)
+
+
+def test_another_file_s_loop_device_is_nothing_to_us(disk: str, fd: int, tmp_path: pathlib.Path) -> None:
+    attribute = tmp_path / "backing_file"
+    attribute.write_text("/a/file/that/is/gone (deleted)\n")
+
+    with without_leases(errno.EINVAL), fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(attribute)]):
+        lock.refuse_users(disk, fd)
+
+
+# One imgprealloc alone.
 
 
 def test_one_imgprealloc_alone_has_a_file(disk: str) -> None:
@@ -108,7 +242,7 @@ def test_one_imgprealloc_alone_has_a_file(disk: str) -> None:
         assert lock.try_exclusive(second.fileno()) is False
 
 
-def test_the_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
+def test_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
     with open(disk, "r+b") as first:
         lock.try_exclusive(first.fileno())
 
@@ -116,11 +250,21 @@ def test_the_next_imgprealloc_has_it_once_the_first_is_gone(disk: str) -> None:
         assert lock.try_exclusive(second.fileno()) is True
 
 
+def test_whether_another_imgprealloc_has_a_file_can_be_seen_without_taking_it(disk: str, fd: int) -> None:
+    with open(disk, "r+b") as first:
+        assert lock.is_exclusive(fd) is False
+        lock.try_exclusive(first.fileno())
+        assert lock.is_exclusive(fd) is True
+
+
 def test_qemu_img_can_work_on_what_imgprealloc_has(disk: str) -> None:
     with open(disk, "r+b") as ours, open(disk, "rb") as qemu:
         lock.try_exclusive(ours.fileno())
 
         assert all(host.standing_lock(qemu.fileno(), byte) == fcntl.F_UNLCK for byte in range(100, 300))
+
+
+# Faults.
 
 
 def refusing(code: int) -> Callable[..., bytes]:
@@ -131,22 +275,21 @@ def refusing(code: int) -> Callable[..., bytes]:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, code: int) -> None:
+def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, fd: int, code: int) -> None:
     with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(code)):
-        assert lock.in_use(disk) is False
-        with lock.no_writer(disk), open(disk, "r+b") as file:
-            assert lock.try_exclusive(file.fileno()) is True
+        assert lock.has_writer(fd) is False
+        with lock.no_writer(disk, fd):
+            assert lock.try_exclusive(fd) is True
 
 
-def test_any_other_fault_of_a_lock_is_an_error(disk: str) -> None:
+def test_any_other_fault_of_a_lock_is_an_error(fd: int) -> None:
     with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
-        lock.in_use(disk)
+        lock.has_writer(fd)
 
 
-def test_a_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(disk: str) -> None:
+def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
     with (
         fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)),
-        open(disk, "r+b") as file,
         pytest.raises(OSError, match="no locks"),
     ):
-        lock.try_exclusive(file.fileno())
+        lock.try_exclusive(fd)

@@ -15,7 +15,9 @@ import pytest
 from imgprealloc import check_nova
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
-_RELEASES = sorted((_REPOSITORY / "tests" / "nova" / "releases").glob("*.txt"))
+_FOLDER = _REPOSITORY / "tests" / "nova" / "releases"
+# By their numbers.
+_RELEASES = {int(path.stem.partition("-")[2]): path for path in sorted(_FOLDER.glob("nova-*.txt"))}
 
 _GOOD = {"passed": 7, "failed": 0, "skipped": 0, "good": True}
 
@@ -92,7 +94,7 @@ def _text(*path: str) -> str:
     return " ".join(_REPOSITORY.joinpath(*path).read_text().split())
 
 
-@pytest.mark.parametrize("release", _RELEASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("release", _RELEASES.values(), ids=_RELEASES)
 def test_page_is_of_the_releases_and_requirements_that_are_tested(release: pathlib.Path) -> None:
     page = (_REPOSITORY / "doc" / "source" / "releases.rst").read_text()
     version, *pins = (line for line in release.read_text().splitlines() if not line.startswith("#"))
@@ -103,11 +105,15 @@ def test_page_is_of_the_releases_and_requirements_that_are_tested(release: pathl
 
 
 def test_every_place_names_the_same_range_of_releases() -> None:
-    first, *_, last = (int(path.stem) for path in _RELEASES)
-    series = [re.findall(r"Nova (\d{4}\.\d)", path.read_text())[0] for path in (_RELEASES[0], _RELEASES[-1])]
+    first, *_, last = _RELEASES
+    series = [re.findall(r"Nova (\d{4}\.\d)", _RELEASES[number].read_text())[0] for number in (first, last)]
 
     assert range(first, last + 1) == check_nova._SUPPORTED
-    assert [int(path.stem) for path in _RELEASES] == list(check_nova._SUPPORTED)
+    assert list(_RELEASES) == list(check_nova._SUPPORTED)
     assert f"works with Nova {first} ({series[0]}) to {last} ({series[1]})" in _text("README.rst")
     assert f"Applies to Nova {first} to {last}:" in _text("contrib", "nova-imagebackend.patch")
-    assert f"[testenv:nova-{{{','.join(path.stem for path in _RELEASES)}}}]" in _text("tox.ini")
+    assert f"[testenv:nova-{{{','.join(map(str, _RELEASES))}}}]" in _text("tox.ini")
+
+
+def test_link_names_the_newest_release() -> None:
+    assert (_FOLDER / "nova.txt").readlink() == pathlib.Path(_RELEASES[max(_RELEASES)].name)

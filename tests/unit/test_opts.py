@@ -4,6 +4,7 @@ from __future__ import annotations
 from importlib import metadata
 import io
 import re
+from typing import get_args
 
 import fixtures
 from oslo_config import cfg
@@ -11,7 +12,7 @@ from oslo_config import generator
 import pytest
 
 from imgprealloc import opts
-from imgprealloc import terms
+from imgprealloc import settings
 
 
 def configured(text: str = "") -> cfg.ConfigOpts:
@@ -40,7 +41,7 @@ def section(**values: object) -> str:
         ("overlay_cluster_size", 131072),
     ],
 )
-def test_an_empty_section_gives_the_documented_defaults(name: str, default: object) -> None:
+def test_empty_section_gives_the_documented_defaults(name: str, default: object) -> None:
     assert configured().imgprealloc[name] == default
 
 
@@ -83,8 +84,8 @@ def test_anything_else_is_refused_when_it_is_read(name: str, value: object) -> N
         getattr(conf.imgprealloc, name)
 
 
-@pytest.mark.parametrize("mode", terms.MODES)
-@pytest.mark.parametrize("on_unsupported", terms.ON_UNSUPPORTED)
+@pytest.mark.parametrize("mode", get_args(settings.Mode))
+@pytest.mark.parametrize("on_unsupported", get_args(settings.OnUnsupported))
 def test_every_choice_makes_a_preallocator_that_works_by_it(mode: str, on_unsupported: str) -> None:
     conf = configured(section(mode=mode, on_unsupported=on_unsupported, overlay_cluster_size=65536))
 
@@ -93,13 +94,15 @@ def test_every_choice_makes_a_preallocator_that_works_by_it(mode: str, on_unsupp
     assert (made.mode, made.on_unsupported, made.overlay_cluster_size) == (mode, on_unsupported, 65536)
 
 
-def test_a_flavor_s_mode_comes_before_the_configured_one() -> None:
-    assert opts.preallocator_from(configured(section(mode="metadata")), "full").mode == "full"
+def test_flavor_s_mode_comes_before_the_configured_one() -> None:
+    made = opts.preallocator_from(configured(section(mode="metadata", overlay_cluster_size=65536))).with_mode("full")
+
+    assert (made.mode, made.overlay_cluster_size) == ("full", 65536)
 
 
-def test_a_flavor_s_mode_that_does_not_exist_is_refused() -> None:
+def test_flavor_s_mode_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="'fast' is not one of falloc, full, metadata"):
-        opts.preallocator_from(configured(), "fast")
+        opts.preallocator_from(configured()).with_mode("fast")  # type: ignore[arg-type]
 
 
 def test_registering_twice_is_harmless() -> None:
@@ -111,14 +114,14 @@ def test_registering_twice_is_harmless() -> None:
 
 
 @pytest.mark.parametrize("option", opts.OPTIONS, ids=lambda option: option.name)
-def test_a_wrong_option_is_told_when_a_service_starts(option: cfg.Opt) -> None:
+def test_wrong_option_is_told_when_a_service_starts(option: cfg.Opt) -> None:
     conf = configured(section(**{option.name: "wrong"}))
 
     with pytest.raises(cfg.ConfigFileValueError, match=option.name):
         opts.validate(conf)
 
 
-def test_a_right_configuration_is_valid() -> None:
+def test_right_configuration_is_valid() -> None:
     opts.validate(configured())
 
 
@@ -156,7 +159,7 @@ def sample() -> str:
     return printed.getvalue()
 
 
-def test_the_generated_sample_has_every_option_at_its_default(sample: str) -> None:
+def test_generated_sample_has_every_option_at_its_default(sample: str) -> None:
     settings = dict(re.findall(r"^#(\w+) = (.*)$", sample, re.MULTILINE))
 
     assert settings == {
@@ -168,12 +171,12 @@ def test_the_generated_sample_has_every_option_at_its_default(sample: str) -> No
     }
 
 
-def test_the_generated_sample_uncommented_is_a_valid_configuration(sample: str) -> None:
+def test_generated_sample_uncommented_is_a_valid_configuration(sample: str) -> None:
     conf = configured(re.sub(r"^#(\w+ = )", r"\1", sample, flags=re.MULTILINE))
 
     assert dict(conf.imgprealloc) == dict(configured().imgprealloc)
 
 
 @pytest.mark.parametrize("choice", ["falloc", "full", "metadata", "error", "reserve", "rewrite"])
-def test_the_generated_sample_explains_every_choice(sample: str, choice: str) -> None:
+def test_generated_sample_explains_every_choice(sample: str, choice: str) -> None:
     assert re.search(rf"^# {choice} - \S.+", sample, re.MULTILINE)

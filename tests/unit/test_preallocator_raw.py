@@ -7,13 +7,15 @@ import os
 from oslo_utils import units
 import pytest
 
-from imgprealloc import RawPreallocator
+from imgprealloc import Existing
 from imgprealloc import exceptions
 from imgprealloc.filesystem import Filesystem
 
+from . import in_format
 from .host import ENOSPC
 from .host import SIZE
 from .host import Host
+from .in_format import InFormat
 
 NFS = Filesystem("nfs", fallocate=False, copy_on_write=False)
 BTRFS = Filesystem("btrfs", fallocate=True, copy_on_write=True)
@@ -35,29 +37,31 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
         pytest.param("metadata", {"held": SIZE, "shared": 4096}, [], id="metadata, a reflink"),
     ],
 )
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_what_a_raw_disk_gets(host: Host, mode: str, space: dict[str, int], changes: list[str], rewrite: bool) -> None:
-    image = RawPreallocator(mode).preallocate(host.raw(SIZE, **space), rewrite)
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_what_a_raw_disk_gets(
+    host: Host, mode: str, space: dict[str, int], changes: list[str], existing: Existing
+) -> None:
+    image = in_format.raw(mode).preallocate(host.raw(SIZE, **space), existing)
 
     assert host.changes == changes
     assert image.state == ("preallocated" if changes or space == {"held": SIZE} else "thin")
 
 
-def test_the_whole_file_is_reserved_and_no_more(host: Host) -> None:
-    RawPreallocator().preallocate(host.raw(SIZE))
+def test_whole_file_is_reserved_and_no_more(host: Host) -> None:
+    in_format.raw().preallocate(host.raw(SIZE))
 
     [call] = host.run("fallocate")
     assert (call.after("-o"), call.after("-l")) == ("0", str(SIZE))
 
 
-def test_a_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
+def test_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> None:
     path = host.raw(SIZE)
     with open(path, "r+b") as disk:
         disk.seek(units.Mi)
         disk.write(b"x" * 65536)
     before = os.stat(path).st_ino
 
-    RawPreallocator("full").preallocate(path)
+    in_format.raw("full").preallocate(path)
 
     with open(path, "rb") as disk:
         content = disk.read()
@@ -68,7 +72,7 @@ def test_a_raw_disk_stays_the_same_file_with_the_same_content(host: Host) -> Non
 def test_without_fallocate_the_fallback_full_writes_zeros(host: Host) -> None:
     host.filesystem = NFS
 
-    image = RawPreallocator(on_unsupported="full").preallocate(host.raw(SIZE))
+    image = in_format.raw(on_unsupported="full").preallocate(host.raw(SIZE))
 
     assert set(host.changes) == {"zeros"}
     assert image.state == "preallocated"
@@ -77,7 +81,7 @@ def test_without_fallocate_the_fallback_full_writes_zeros(host: Host) -> None:
 def test_without_fallocate_the_fallback_metadata_leaves_it_thin(host: Host) -> None:
     host.filesystem = NFS
 
-    image = RawPreallocator().preallocate(host.raw(SIZE))
+    image = in_format.raw().preallocate(host.raw(SIZE))
 
     assert host.changes == []
     assert image.state == "thin"
@@ -90,7 +94,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host) -> None:
     host.filesystem = BTRFS
 
     with pytest.raises(exceptions.UnsupportedFilesystem, match="copy on write"):
-        RawPreallocator().preallocate(host.raw(SIZE, held=SIZE))
+        in_format.raw().preallocate(host.raw(SIZE, held=SIZE))
 
     assert host.changes == []
 
@@ -98,7 +102,7 @@ def test_on_btrfs_a_disk_that_copies_on_write_is_refused(host: Host) -> None:
 def test_on_btrfs_a_disk_that_may_be_rewritten_is_made_anew_with_nocow(host: Host) -> None:
     host.filesystem = BTRFS
 
-    image = RawPreallocator().preallocate(host.raw(SIZE, held=SIZE), existing="rewrite")
+    image = in_format.raw().preallocate(host.raw(SIZE, held=SIZE), existing="rewrite")
 
     [convert] = host.run("convert")
     assert convert.options == {"nocow": "on", "preallocation": "falloc"}
@@ -111,23 +115,23 @@ def test_on_btrfs_a_disk_with_nocow_is_treated_like_any_other(host: Host) -> Non
     path = host.raw(SIZE)
     host.disk().nocow = True
 
-    assert RawPreallocator().preallocate(path).state == "preallocated"
+    assert in_format.raw().preallocate(path).state == "preallocated"
     assert host.changes == ["fallocate"]
 
 
 def test_on_btrfs_a_new_disk_gets_nocow(host: Host) -> None:
     host.filesystem = BTRFS
 
-    assert RawPreallocator().create(host.path(), SIZE).state == "preallocated"
+    assert in_format.raw().create(host.path(), SIZE).state == "preallocated"
     assert host.run("create")[0].options["nocow"] == "on"
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 @pytest.mark.parametrize("fallback", ["metadata", "full"])
-def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str, rewrite: bool) -> None:
+def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str, existing: Existing) -> None:
     host.filesystem = ZFS
 
-    image = RawPreallocator(on_unsupported=fallback).preallocate(host.raw(SIZE), rewrite)
+    image = in_format.raw(on_unsupported=fallback).preallocate(host.raw(SIZE), existing)
 
     assert (host.changes, image.state) == ([], "thin")
 
@@ -139,19 +143,19 @@ def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str
     ("mode", "preallocation", "state"),
     [("falloc", "falloc", "preallocated"), ("full", "full", "preallocated"), ("metadata", "off", "thin")],
 )
-def test_a_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
-    image = RawPreallocator(mode).create(host.path(), SIZE)
+def test_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
+    image = in_format.raw(mode).create(host.path(), SIZE)
 
     assert (image.state, image.virtual_size) == (state, SIZE)
     [create] = host.run("create")
     assert create.options == {"preallocation": preallocation}
-    assert create.argv[-2] == host.path("disk.imgprealloc")
+    assert create.shown[-2] == host.path(".disk.imgprealloc")
     assert host.files == ["disk"]
 
 
-def test_a_raw_disk_has_no_backing_file(host: Host) -> None:
+def test_raw_disk_has_no_backing_file(host: Host) -> None:
     with pytest.raises(exceptions.UnsupportedFormat, match="no backing file"):
-        RawPreallocator().create(host.path(), SIZE, host.base(SIZE))
+        in_format.raw().create(host.path(), SIZE, host.base(SIZE))
 
     assert host.calls == []
 
@@ -160,8 +164,8 @@ def test_a_raw_disk_has_no_backing_file(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("mode", "preallocation"), [("falloc", "falloc"), ("full", "full"), ("metadata", "off")])
-def test_a_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
-    image = RawPreallocator(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
+def test_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
+    image = in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
     assert f"--preallocation={preallocation}" in call.argv
@@ -169,11 +173,11 @@ def test_a_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str)
     assert image.state == ("thin" if mode == "metadata" else "preallocated")
 
 
-def test_a_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
+def test_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     path = host.raw(SIZE)
     host.then["resize"] = lambda: setattr(host.disk(path), "held", SIZE)
 
-    assert RawPreallocator().resize(path, 2 * SIZE).state == "thin"
+    assert in_format.raw().resize(path, 2 * SIZE).state == "thin"
     assert host.changes == ["resize"]
 
 
@@ -190,12 +194,12 @@ def test_a_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_runs(
-    host: Host, work: Callable[[RawPreallocator, Host], object], needed: int, mode: str
+    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: str
 ) -> None:
     host.available = needed - 1
 
     with pytest.raises(exceptions.NoSpace):
-        work(RawPreallocator(mode), host)
+        work(in_format.raw(mode), host)
 
     assert host.changes == []
     assert host.files in ([], ["disk"])
@@ -205,7 +209,7 @@ def test_what_cannot_fit_is_refused_before_anything_runs(
 def test_what_just_fits_is_made(host: Host, mode: str) -> None:
     host.available = SIZE
 
-    RawPreallocator(mode).create(host.path(), SIZE)
+    in_format.raw(mode).create(host.path(), SIZE)
 
     assert host.available == 0
 
@@ -214,7 +218,7 @@ def test_what_just_fits_is_made(host: Host, mode: str) -> None:
 def test_what_just_fits_is_grown(host: Host, mode: str) -> None:
     host.available = 65536
 
-    RawPreallocator(mode).resize(host.raw(SIZE, held=SIZE), SIZE + 65536)
+    in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), SIZE + 65536)
 
     assert host.available == 0
 
@@ -222,7 +226,7 @@ def test_what_just_fits_is_grown(host: Host, mode: str) -> None:
 def test_what_just_fits_is_reserved(host: Host) -> None:
     host.available = SIZE
 
-    RawPreallocator().preallocate(host.raw(SIZE))
+    in_format.raw().preallocate(host.raw(SIZE))
 
     assert host.available == 0
 
@@ -230,7 +234,7 @@ def test_what_just_fits_is_reserved(host: Host) -> None:
 def test_what_just_fits_is_written(host: Host) -> None:
     host.available = SIZE
 
-    RawPreallocator("full").preallocate(host.raw(SIZE))
+    in_format.raw("full").preallocate(host.raw(SIZE))
 
     assert host.available == 0
 
@@ -238,8 +242,8 @@ def test_what_just_fits_is_written(host: Host) -> None:
 def test_metadata_asks_for_no_space(host: Host) -> None:
     host.available = 0
 
-    RawPreallocator("metadata").create(host.path(), SIZE)
-    RawPreallocator("metadata").resize(host.path(), 2 * SIZE)
+    in_format.raw("metadata").create(host.path(), SIZE)
+    in_format.raw("metadata").resize(host.path(), 2 * SIZE)
 
     assert os.path.getsize(host.path()) == 2 * SIZE
 
@@ -249,19 +253,19 @@ def test_space_that_another_takes_meanwhile_is_told_apart_too(host: Host) -> Non
     host.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace, match="fallocate"):
-        RawPreallocator().preallocate(path)
+        in_format.raw().preallocate(path)
 
 
 # In use.
 
 
-def test_a_disk_in_use_gets_its_space_because_that_changes_nothing_that_is_read(
+def test_disk_in_use_gets_its_space_because_that_changes_nothing_that_is_read(
     host: Host, opened: Callable[[str], object]
 ) -> None:
     path = host.raw(SIZE, held=SIZE, shared=4096)
     opened(path)
 
-    assert RawPreallocator().preallocate(path).state == "preallocated"
+    assert in_format.raw().preallocate(path).state == "preallocated"
 
 
 def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str], object]) -> None:
@@ -269,29 +273,29 @@ def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        RawPreallocator("full").preallocate(path)
+        in_format.raw("full").preallocate(path)
 
     assert host.run("zeros") == []
 
 
-def test_a_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object]) -> None:
+def test_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object]) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
     opened(path)
 
     with pytest.raises(exceptions.ImageInUse):
-        RawPreallocator().preallocate(path, existing="rewrite")
+        in_format.raw().preallocate(path, existing="rewrite")
 
     assert host.changes == []
 
 
-def test_a_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
+def test_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
     host.then["info"] = lambda: os.utime(path)
 
     with pytest.raises(exceptions.ImageInUse, match="written to"):
-        RawPreallocator().preallocate(path, existing="rewrite")
+        in_format.raw().preallocate(path, existing="rewrite")
 
     assert host.changes == []
     assert host.files == ["disk"]

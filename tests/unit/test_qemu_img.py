@@ -3,19 +3,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
-import os
+import pathlib
 from typing import Any
 
+import fixtures
 from oslo_utils import units
 import pytest
 
+from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import qemu_img
 
+from . import host as hosts
 from .host import Host
 from .host import Programs
 
 DISK = "/instances/1/disk"
+# What a program gets.
+NAME = "/proc/1/fd/7"
+# Any file that is there, and no block device.
+BASE = __file__
 
 
 def said(answer: Any) -> Callable[..., str]:
@@ -27,9 +34,9 @@ def said(answer: Any) -> Callable[..., str]:
 
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("info", lambda: qemu_img.info(DISK, "qcow2")), ("check", lambda: qemu_img.check(DISK, "qcow2"))],
+    [("info", lambda: qemu_img.info(DISK, NAME, "qcow2")), ("check", lambda: qemu_img.check(DISK, NAME, "qcow2"))],
 )
-def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
+def test_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     programs: Programs, name: str, read: Callable[[], object]
 ) -> None:
     programs.answers[name] = said({})
@@ -47,33 +54,24 @@ def test_an_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     assert call.kwargs["env_variables"]["LC_ALL"] == "C"
 
 
-def test_a_check_leaves_the_backing_file_alone(programs: Programs) -> None:
+def test_check_leaves_the_backing_file_alone(programs: Programs) -> None:
     programs.answers["check"] = said({})
 
-    qemu_img.check(DISK, "qcow2")
+    qemu_img.check(DISK, NAME, "qcow2")
 
     kind, _, image = programs.calls[0].argv[-1].partition(":")
     assert kind == "json"
     assert json.loads(image) == {
         "driver": "qcow2",
         "backing": None,
-        "file": {"driver": "file", "filename": DISK},
+        "file": {"driver": "file", "filename": NAME},
     }
-
-
-def test_a_name_that_json_cannot_carry_is_given_as_it_is(programs: Programs) -> None:
-    programs.answers["check"] = said({})
-    name = os.fsdecode(b"/instances/\xff/disk")
-
-    qemu_img.check(name, "qcow2")
-
-    assert programs.calls[0].argv[-1] == name
 
 
 def test_only_an_image_of_unknown_format_is_looked_at_without_one(programs: Programs) -> None:
     programs.answers["info"] = said({"format": "qcow2"})
 
-    qemu_img.info(DISK)
+    qemu_img.info(DISK, NAME)
 
     assert "-f" not in programs.calls[0].argv
     assert programs.calls[0].limits is qemu_img.LIMITS
@@ -84,15 +82,15 @@ def test_check_answers_for_corrupt_and_for_leaking_images_too(programs: Programs
     programs.answers["check"] = said({"corruptions": 1})
     programs.ends("check", status)
 
-    assert qemu_img.check(DISK, "qcow2") == {"corruptions": 1}
+    assert qemu_img.check(DISK, NAME, "qcow2") == {"corruptions": 1}
 
 
 @pytest.mark.parametrize("status", [1, 63])
-def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
+def test_check_that_could_not_be_made_is_a_failure(programs: Programs, status: int) -> None:
     programs.ends("check", status)
 
     with pytest.raises(exceptions.CommandFailed):
-        qemu_img.check(DISK, "qcow2")
+        qemu_img.check(DISK, NAME, "qcow2")
 
 
 @pytest.mark.parametrize(
@@ -103,12 +101,12 @@ def test_a_check_that_could_not_be_made_is_a_failure(programs: Programs, status:
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("info", lambda: qemu_img.info(DISK, "raw")),
-        ("check", lambda: qemu_img.check(DISK, "qcow2")),
+        ("info", lambda: qemu_img.info(DISK, NAME, "raw")),
+        ("check", lambda: qemu_img.check(DISK, NAME, "qcow2")),
         ("measure", lambda: qemu_img.measure(DISK, 1, "qcow2", {})),
     ],
 )
-def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
+def test_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     programs: Programs, name: str, read: Callable[[], object], printed: str
 ) -> None:
     programs.answers[name] = said(printed)
@@ -119,11 +117,11 @@ def test_an_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
     assert caught.value.path == DISK
 
 
-def test_a_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
+def test_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
     programs.answers["info"] = said("x" * 100_000)
 
     with pytest.raises(exceptions.BrokenImage) as caught:
-        qemu_img.info(DISK, "raw")
+        qemu_img.info(DISK, NAME, "raw")
 
     assert len(str(caught.value)) < 500
 
@@ -152,7 +150,7 @@ def test_measure_with_nonsense_for_a_size_is_an_error(programs: Programs, wrong:
 
 
 @pytest.mark.parametrize("wrong", [None, -1, "1", 1.0, True, [1], {}])
-def test_a_number_is_a_count_and_nothing_else(wrong: object) -> None:
+def test_number_is_a_count_and_nothing_else(wrong: object) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"as 'a\.b'") as caught:
         qemu_img.number(DISK, {"a": {"b": wrong}}, "a", "b")
 
@@ -164,7 +162,7 @@ def test_zero_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("answer", [{}, {"a": {}}, {"a": None}, {"a": "text"}, {"a": ["b"]}])
-def test_a_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
+def test_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> None:
     with pytest.raises(exceptions.BrokenImage, match=r"lacks 'a\.b'") as caught:
         qemu_img.value(DISK, answer, "a", "b")
 
@@ -175,38 +173,90 @@ def test_a_missing_value_is_an_error_and_not_none(answer: dict[str, object]) -> 
 
 
 def test_create_names_the_format_and_the_backing_file_s(programs: Programs) -> None:
-    qemu_img.create(DISK, 512, "qcow2", {"preallocation": "falloc"}, backing_file="/b/base", backing_format="raw")
+    qemu_img.create(DISK, NAME, 512, "qcow2", {"preallocation": "falloc"}, backing_file="/b/base", backing_format="raw")
 
     [call] = programs.calls
     assert (call.after("-f"), call.after("-b"), call.after("-F")) == ("qcow2", "/b/base", "raw")
-    assert call.argv[-2:] == (DISK, "512")
+    assert call.argv[-2:] == (NAME, "512")
 
 
 def test_create_without_a_backing_file_or_options_gives_neither(programs: Programs) -> None:
-    qemu_img.create(DISK, 512, "raw", {})
+    qemu_img.create(DISK, NAME, 512, "raw", {})
 
     assert not {"-b", "-F", "-o"} & set(programs.calls[0].argv)
 
 
 def test_convert_names_the_format_of_both_ends_and_keeps_the_backing_file(programs: Programs) -> None:
-    qemu_img.convert(DISK, "/new", "qcow2", {"extended_l2": "on"}, backing_file="/b/base", backing_format="raw")
+    qemu_img.convert(DISK, NAME, "/new", 512, "qcow2", {"extended_l2": "on"}, backing_file=BASE, backing_format="raw")
 
     [call] = programs.calls
-    assert (call.after("-f"), call.after("-O")) == ("qcow2", "qcow2")
-    assert (call.after("-B"), call.after("-F")) == ("/b/base", "raw")
-    assert call.argv[-2:] == (DISK, "/new")
+    assert call.after("-O") == "qcow2"
+    assert (call.after("-B"), call.after("-F")) == (BASE, "raw")
+    # Which it is opened over, whatever its header says.
+    assert hosts.csv(call.argv[-2]) == {
+        "driver": "qcow2",
+        "file.driver": "file",
+        "file.filename": NAME,
+        "backing.driver": "raw",
+        "backing.file.driver": "file",
+        "backing.file.filename": BASE,
+    }
+    assert call.argv[-1] == "/new"
+
+
+def test_convert_without_a_backing_file_names_the_format_of_both_ends(programs: Programs) -> None:
+    qemu_img.convert(DISK, NAME, "/new", 512, "raw", {})
+
+    [call] = programs.calls
+    assert (call.after("-f"), call.after("-O")) == ("raw", "raw")
+    assert call.argv[-2:] == (NAME, "/new")
+    assert not {"-B", "-F", "-S", "--image-opts"} & set(call.argv)
 
 
 def test_convert_keeps_clusters_mapped_that_read_as_zeros_over_a_backing_file(programs: Programs) -> None:
-    backing = {"backing_file": "/base", "backing_format": "raw"}
+    backing = {"backing_file": BASE, "backing_format": "raw"}
 
-    qemu_img.convert(DISK, "/new", "qcow2", {"preallocation": "falloc"}, **backing)
+    qemu_img.convert(DISK, NAME, "/new", 512, "qcow2", {"preallocation": "falloc"}, **backing)
 
     assert programs.calls[0].after("-S") == "0"
 
 
+def test_block_device_is_opened_as_one(programs: Programs) -> None:
+    with fixtures.MockPatchObject(qemu_img, "_is_device", lambda path: True):
+        qemu_img.resize(DISK, NAME, 1024, "qcow2", "off", backing_file="/dev/base", backing_format="raw")
+
+    assert hosts.csv(programs.calls[0].argv[-2])["backing.file.driver"] == "host_device"
+
+
+def test_backing_file_gets_another_name_without_being_opened(programs: Programs) -> None:
+    qemu_img.rename_backing_file(DISK, NAME, "base", "raw")
+
+    [call] = programs.calls
+    assert call.argv[:2] == ("qemu-img", "rebase")
+    assert "-u" in call.argv
+    assert (call.after("-f"), call.after("-b"), call.after("-F"), call.argv[-1]) == ("qcow2", "base", "raw", NAME)
+
+
+@pytest.mark.parametrize(
+    ("work", "size"),
+    [
+        (lambda: qemu_img.create(DISK, NAME, units.Ti, "raw", {}), units.Ti),
+        (lambda: qemu_img.convert(DISK, NAME, "/new", units.Ti, "raw", {}), 2 * units.Ti),
+        (lambda: qemu_img.resize(DISK, NAME, units.Ti, "raw", "full"), units.Ti),
+        (lambda: qemu_img.resize_over_zeros(DISK, NAME, units.Ti, BASE, "full"), units.Ti),
+        (lambda: qemu_img.info(DISK, NAME), 0),
+    ],
+)
+def test_what_writes_much_has_the_time_for_it(programs: Programs, work: Callable[[], object], size: int) -> None:
+    programs.answers["info"] = said({})
+
+    work()
+
+    assert programs.calls[0].seconds == command.WALL_TIME + size / command.SLOWEST
+
+
 def test_resize_names_format_and_preallocation_and_never_shrinks(programs: Programs) -> None:
-    qemu_img.resize(DISK, 1024, "raw", "full")
+    qemu_img.resize(DISK, NAME, 1024, "raw", "full")
 
     [call] = programs.calls
     assert call.after("-f") == "raw"
@@ -215,10 +265,10 @@ def test_resize_names_format_and_preallocation_and_never_shrinks(programs: Progr
 
 
 def test_growing_over_zeros_puts_them_in_the_backing_file_s_place(host: Host) -> None:
-    zeros = host.raw(64 * units.Mi, name="zeros")
+    zeros = host.raw(64 * units.Mi, name=f".disk{hosts.ZEROS}")
     disk = host.overlay(32 * units.Mi, mapped=1.0, extended_l2=True)
 
-    qemu_img.resize_over_zeros(disk, 64 * units.Mi, zeros, "falloc")
+    qemu_img.resize_over_zeros(disk, disk, 64 * units.Mi, zeros, "falloc")
 
     [call] = host.calls
     assert "--image-opts" in call.argv
@@ -230,27 +280,30 @@ def test_growing_over_zeros_puts_them_in_the_backing_file_s_place(host: Host) ->
 def test_only_a_disk_that_is_not_in_its_place_yet_is_grown_without_flushes(
     programs: Programs, flush: bool, no_flush: int
 ) -> None:
-    qemu_img.resize_over_zeros(DISK, 1024, "/zeros", "falloc", flush=flush)
+    qemu_img.resize_over_zeros(DISK, NAME, 1024, BASE, "falloc", flush=flush)
 
     assert programs.calls[0].argv[-2].count("cache.no-flush=on") == no_flush
 
 
-def test_commas_in_names_do_not_end_them(programs: Programs) -> None:
-    qemu_img.resize_over_zeros("/a,b/disk", 1024, "/c,,d/zeros", "falloc")
+def test_commas_in_names_do_not_end_them(programs: Programs, tmp_path: pathlib.Path) -> None:
+    zeros = tmp_path / "c,,d"
+    zeros.touch()
+
+    qemu_img.resize_over_zeros(DISK, "/a,b/disk", 1024, str(zeros), "falloc")
 
     image = programs.calls[0].argv[-2]
     assert "file.filename=/a,,b/disk,backing.driver=raw," in image
-    assert image.endswith("backing.file.filename=/c,,,,d/zeros")
+    assert image.endswith("/c,,,,d")
 
 
 def test_commas_in_option_values_do_not_end_them(programs: Programs) -> None:
-    qemu_img.create(DISK, 512, "qcow2", {"data_file": "a,b", "nocow": "on"})
+    qemu_img.create(DISK, NAME, 512, "qcow2", {"data_file": "a,b", "nocow": "on"})
 
     assert programs.calls[0].after("-o") == "data_file=a,,b,nocow=on"
 
 
 def test_commas_in_plain_arguments_stay_as_they_are(programs: Programs) -> None:
-    qemu_img.create("/a,b/disk", 512, "qcow2", {}, backing_file="/c,d/base", backing_format="raw")
+    qemu_img.create("/a,b/disk", "/a,b/disk", 512, "qcow2", {}, backing_file="/c,d/base", backing_format="raw")
 
     [call] = programs.calls
     assert (call.argv[-2], call.after("-b")) == ("/a,b/disk", "/c,d/base")
@@ -293,14 +346,14 @@ def test_version_is_asked_once_a_process(programs: Programs) -> None:
     assert len(programs.calls) == 1
 
 
-def test_a_program_without_a_version_is_too_old(programs: Programs) -> None:
+def test_program_without_a_version_is_too_old(programs: Programs) -> None:
     programs.answers["--version"] = said("BusyBox")
 
     with pytest.raises(exceptions.QemuImgTooOld, match="BusyBox"):
         qemu_img.version()
 
 
-def test_a_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
+def test_version_that_could_not_be_had_is_asked_for_again(programs: Programs) -> None:
     programs.answers["--version"] = said("qemu-img version 7.2.22")
     programs.ends("--version", 1)
     with pytest.raises(exceptions.CommandFailed):

@@ -18,6 +18,9 @@ from imgprealloc.filesystem import Filesystem
 from . import host as hosts
 from .host import SIZE
 from .host import Host
+from .in_format import guess
+from .in_format import read_qcow2
+from .in_format import read_raw
 
 
 def dropping(*keys: str) -> Callable[[dict[str, Any]], None]:
@@ -39,53 +42,53 @@ def putting(value: object, *keys: str, drop: bool = False) -> Callable[[dict[str
 # raw
 
 
-def test_a_raw_disk_with_all_its_space_is_preallocated(host: Host) -> None:
-    image = reading.raw(host.raw(SIZE, held=SIZE))
+def test_raw_disk_with_all_its_space_is_preallocated(host: Host) -> None:
+    image = read_raw(host.raw(SIZE, held=SIZE))
 
     assert (image.virtual_size, image.file_size, image.state) == (SIZE, SIZE, "preallocated")
 
 
-def test_a_raw_disk_with_a_hole_is_thin(host: Host) -> None:
-    image = reading.raw(host.raw(SIZE, held=SIZE - 4096))
+def test_raw_disk_with_a_hole_is_thin(host: Host) -> None:
+    image = read_raw(host.raw(SIZE, held=SIZE - 4096))
 
     assert (image.state, image.shortfall) == ("thin", 4096)
 
 
-def test_a_raw_disk_that_shares_space_is_thin(host: Host) -> None:
-    image = reading.raw(host.raw(SIZE, held=SIZE, shared=8192))
+def test_raw_disk_that_shares_space_is_thin(host: Host) -> None:
+    image = read_raw(host.raw(SIZE, held=SIZE, shared=8192))
 
     assert (image.state, image.shared_bytes, image.shortfall) == ("thin", 8192, 8192)
 
 
-def test_a_raw_disk_on_a_copy_on_write_filesystem_is_thin(host: Host) -> None:
+def test_raw_disk_on_a_copy_on_write_filesystem_is_thin(host: Host) -> None:
     host.filesystem = Filesystem("btrfs", fallocate=True, copy_on_write=True)
 
-    image = reading.raw(host.raw(SIZE, held=SIZE))
+    image = read_raw(host.raw(SIZE, held=SIZE))
 
     assert (image.state, image.shortfall) == ("thin", SIZE)
 
 
 def test_space_past_the_end_of_a_raw_disk_is_not_its_own(host: Host) -> None:
-    image = reading.raw(host.raw(SIZE, held=2 * SIZE))
+    image = read_raw(host.raw(SIZE, held=2 * SIZE))
 
     assert image.held_size == SIZE
 
 
-def test_the_last_sector_of_a_raw_disk_counts_in_full(host: Host) -> None:
-    image = reading.raw(host.raw(1000, held=1000))
+def test_last_sector_of_a_raw_disk_counts_in_full(host: Host) -> None:
+    image = read_raw(host.raw(1000, held=1000))
 
     assert (image.virtual_size, image.file_size, image.shortfall) == (1024, 1000, 24)
 
 
-def test_a_raw_disk_is_never_probed(host: Host) -> None:
+def test_raw_disk_is_never_probed(host: Host) -> None:
     # A guest may have written a qcow2 header to it (CVE-2024-32498).
-    reading.raw(host.qcow2())
+    read_raw(host.qcow2())
 
     assert [call.after("-f") for call in host.calls] == ["raw"]
 
 
-def test_a_raw_disk_has_no_clusters(host: Host) -> None:
-    image = reading.raw(host.raw())
+def test_raw_disk_has_no_clusters(host: Host) -> None:
+    image = read_raw(host.raw())
 
     assert (image.clusters, image.mapped_clusters, image.fragmented_clusters) == (None, None, None)
 
@@ -93,80 +96,80 @@ def test_a_raw_disk_has_no_clusters(host: Host) -> None:
 # qcow2
 
 
-def test_a_new_overlay_is_thin(host: Host) -> None:
-    image = reading.qcow2(host.overlay())
+def test_new_overlay_is_thin(host: Host) -> None:
+    image = read_qcow2(host.overlay())
 
     assert (image.state, image.clusters, image.mapped_clusters) == ("thin", 256, 0)
     assert (image.backing_file, image.backing_format) == (host.path("base"), "raw")
 
 
-def test_a_disk_with_every_cluster_mapped_and_held_is_preallocated(host: Host) -> None:
-    image = reading.qcow2(host.qcow2(mapped=1.0))
+def test_disk_with_every_cluster_mapped_and_held_is_preallocated(host: Host) -> None:
+    image = read_qcow2(host.qcow2(mapped=1.0))
 
     assert (image.state, image.shortfall) == ("preallocated", 0)
 
 
-def test_a_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> None:
+def test_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     end = os.path.getsize(path)
 
-    image = reading.qcow2(path)
+    image = read_qcow2(path)
 
     assert image.worst_case_size == image.image_end == end
     assert host.run("measure") == []
 
 
-def test_a_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
+def test_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.disk().held -= 4096
 
-    image = reading.qcow2(path)
+    image = read_qcow2(path)
 
     assert (image.state, image.shortfall) == ("mapped", 4096)
 
 
-def test_a_mapped_disk_that_shares_space_is_mapped(host: Host) -> None:
+def test_mapped_disk_that_shares_space_is_mapped(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.disk().shared = 4096
 
-    assert reading.qcow2(path).state == "mapped"
+    assert read_qcow2(path).state == "mapped"
 
 
-def test_a_file_longer_than_its_image_has_all_of_its_length_to_hold(host: Host) -> None:
+def test_file_longer_than_its_image_has_all_of_its_length_to_hold(host: Host) -> None:
     path = host.qcow2(mapped=1.0)
     host.amend["check"] = putting(units.Mi, "image-end-offset")
 
-    assert reading.qcow2(path).worst_case_size == os.path.getsize(path)
+    assert read_qcow2(path).worst_case_size == os.path.getsize(path)
 
 
-def test_a_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(host: Host) -> None:
-    image = reading.qcow2(host.qcow2(SIZE, mapped=0.25))
+def test_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(host: Host) -> None:
+    image = read_qcow2(host.qcow2(SIZE, mapped=0.25))
 
     missing = SIZE - SIZE // 4
     assert image.worst_case_size >= image.image_end + missing + units.Mi
     assert image.worst_case_size < image.image_end + missing + 2 * units.Mi
 
 
-def test_a_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
+def test_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
     path = host.qcow2(mapped=0.25)
-    needed = reading.qcow2(path).worst_case_size
+    needed = read_qcow2(path).worst_case_size
 
     host.disk().held = needed
-    assert reading.qcow2(path).state == "reserved"
+    assert read_qcow2(path).state == "reserved"
     host.disk().held = needed - 1
-    assert reading.qcow2(path).state == "thin"
+    assert read_qcow2(path).state == "thin"
 
 
-def test_a_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> None:
-    image = reading.qcow2(host.qcow2(SIZE, mapped=1.0, snapshots=1))
+def test_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> None:
+    image = read_qcow2(host.qcow2(SIZE, mapped=1.0, snapshots=1))
 
     assert image.snapshots == 1
     assert image.mapped is False
     assert image.worst_case_size >= image.image_end + SIZE
 
 
-def test_the_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) -> None:
-    reading.qcow2(host.overlay(mapped=0.5, extended_l2=True, cluster_size=131072))
+def test_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) -> None:
+    read_qcow2(host.overlay(mapped=0.5, extended_l2=True, cluster_size=131072))
 
     [call] = host.run("measure")
     assert call.options == {"cluster_size": "131072", "refcount_bits": "16", "extended_l2": "on"}
@@ -174,21 +177,21 @@ def test_the_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) ->
 
 def test_wider_refcounts_take_more_room(host: Host) -> None:
     path = host.qcow2(256 * units.Mi, mapped=0.5)
-    narrow = reading.qcow2(path).worst_case_size
+    narrow = read_qcow2(path).worst_case_size
 
     host.amend["info"] = putting(64, "format-specific", "data", "refcount-bits")
 
-    assert reading.qcow2(path).worst_case_size > narrow
+    assert read_qcow2(path).worst_case_size > narrow
 
 
 def test_compressed_clusters_are_not_mapped_because_a_write_moves_them(host: Host) -> None:
-    image = reading.qcow2(host.qcow2(mapped=1.0, compressed=10))
+    image = read_qcow2(host.qcow2(mapped=1.0, compressed=10))
 
     assert (image.compressed_clusters, image.mapped_clusters, image.mapped) == (10, 246, False)
 
 
 def test_bitmaps_are_counted(host: Host) -> None:
-    assert reading.qcow2(host.qcow2(bitmaps=2)).bitmaps == 2
+    assert read_qcow2(host.qcow2(bitmaps=2)).bitmaps == 2
 
 
 @pytest.mark.parametrize(
@@ -199,15 +202,15 @@ def test_bitmaps_are_counted(host: Host) -> None:
         ("compressed-clusters", "compressed_clusters"),
     ],
 )
-def test_a_count_that_qemu_img_leaves_out_is_zero(host: Host, key: str, field: str) -> None:
+def test_count_that_qemu_img_leaves_out_is_zero(host: Host, key: str, field: str) -> None:
     host.amend["check"] = lambda answer: answer.pop(key, None)
 
-    assert getattr(reading.qcow2(host.qcow2(mapped=1.0)), field) == 0
+    assert getattr(read_qcow2(host.qcow2(mapped=1.0)), field) == 0
 
 
-def test_a_disk_of_no_size_has_no_clusters(host: Host) -> None:
+def test_disk_of_no_size_has_no_clusters(host: Host) -> None:
     # qemu-img leaves total-clusters out then, and only then.
-    image = reading.qcow2(host.qcow2(0))
+    image = read_qcow2(host.qcow2(0))
 
     assert (image.clusters, image.mapped_clusters) == (0, 0)
 
@@ -215,7 +218,7 @@ def test_a_disk_of_no_size_has_no_clusters(host: Host) -> None:
 def test_fragmented_clusters_are_counted(host: Host) -> None:
     host.amend["check"] = putting(200, "fragmented-clusters")
 
-    assert reading.qcow2(host.qcow2(mapped=1.0)).fragmented_clusters == 200
+    assert read_qcow2(host.qcow2(mapped=1.0)).fragmented_clusters == 200
 
 
 @pytest.mark.parametrize(
@@ -233,14 +236,14 @@ def test_fragmented_clusters_are_counted(host: Host) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else ".".join(value),
 )
-def test_an_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
+def test_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
     host: Host, name: str, keys: tuple[str, ...]
 ) -> None:
     path = host.qcow2(mapped=0.5)
     host.amend[name] = dropping(*keys)
 
     with pytest.raises(exceptions.BrokenImage, match=keys[-1]) as caught:
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert caught.value.path == path
 
@@ -258,26 +261,26 @@ def test_an_answer_that_lacks_something_is_an_error_that_names_disk_and_key(
     ],
     ids=lambda value: value if isinstance(value, str) else ".".join(value),
 )
-def test_a_number_that_is_none_is_an_error_and_never_zero(
+def test_number_that_is_none_is_an_error_and_never_zero(
     host: Host, name: str, keys: tuple[str, ...], wrong: object
 ) -> None:
     path = host.qcow2(mapped=0.5)
     host.amend[name] = putting(wrong, *keys)
 
     with pytest.raises(exceptions.BrokenImage, match=keys[-1]) as caught:
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert caught.value.path == path
 
 
 @pytest.mark.parametrize("wrong", [None, -1, "3", 1.5, [], {}], ids=repr)
 @pytest.mark.parametrize("key", ["allocated-clusters", "compressed-clusters", "fragmented-clusters", "corruptions"])
-def test_a_count_that_may_be_left_out_still_has_to_be_one(host: Host, key: str, wrong: object) -> None:
+def test_count_that_may_be_left_out_still_has_to_be_one(host: Host, key: str, wrong: object) -> None:
     path = host.qcow2(mapped=0.5)
     host.amend["check"] = putting(wrong, key)
 
     with pytest.raises(exceptions.BrokenImage, match=key) as caught:
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert caught.value.path == path
 
@@ -288,33 +291,33 @@ def test_format_specific_data_that_is_no_object_is_an_error(host: Host, wrong: o
     host.amend["info"] = putting(wrong, "format-specific", "data")
 
     with pytest.raises(exceptions.BrokenImage) as caught:
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert caught.value.path == path
 
 
-def test_a_raw_answer_without_a_size_is_an_error(host: Host) -> None:
+def test_raw_answer_without_a_size_is_an_error(host: Host) -> None:
     path = host.raw()
     host.amend["info"] = dropping("virtual-size")
 
     with pytest.raises(exceptions.BrokenImage, match="virtual-size"):
-        reading.raw(path)
+        read_raw(path)
 
 
-def test_a_detection_without_a_result_is_an_error(host: Host) -> None:
+def test_detection_without_a_result_is_an_error(host: Host) -> None:
     path = host.raw()
     host.amend["info"] = dropping("format")
 
     with pytest.raises(exceptions.BrokenImage, match="format"):
-        reading.detected_format(path)
+        guess(path)
 
 
-@pytest.mark.parametrize("read", [reading.raw, reading.qcow2])
+@pytest.mark.parametrize("read", [read_raw, read_qcow2])
 def test_every_look_is_under_limits_in_the_format_that_was_named(host: Host, read: Callable[[str], Any]) -> None:
     read(host.qcow2(mapped=0.5))
 
     looks = host.run("info", "check")
-    assert {call.after("-f") for call in looks} == {read.__name__}
+    assert {call.after("-f") for call in looks} == {read.__name__.removeprefix("read_")}
     assert all(call.limits in (qemu_img.LIMITS, qemu_img.CHECK_LIMITS) for call in looks)
     assert all(call.kwargs["env_variables"]["LC_ALL"] == "C" for call in host.calls)
 
@@ -323,64 +326,75 @@ def test_reading_changes_nothing(host: Host) -> None:
     path = host.overlay(mapped=0.5)
     before = (host.files, os.stat(path).st_mtime_ns)
 
-    reading.qcow2(path)
+    read_qcow2(path)
 
     assert host.changes == []
     assert (host.files, os.stat(path).st_mtime_ns) == before
 
 
-def test_a_name_that_starts_with_a_dash_or_a_protocol_is_given_as_an_absolute_path(host: Host) -> None:
+def test_name_that_starts_with_a_dash_or_a_protocol_is_given_as_what_is_open(host: Host) -> None:
     host.raw(name="-f")
     host.raw(name="nbd:localhost:10809")
     here = os.getcwd()
     os.chdir(host.folder)
     try:
-        reading.raw("-f")
-        reading.detected_format("nbd:localhost:10809")
+        read_raw("-f")
+        guess("nbd:localhost:10809")
     finally:
         os.chdir(here)
 
-    assert [call.argv[-1] for call in host.calls] == [host.path("-f"), host.path("nbd:localhost:10809")]
+    assert [call.shown[-1] for call in host.calls] == [host.path("-f"), host.path("nbd:localhost:10809")]
+    assert all(call.argv[-1].startswith(f"/proc/{os.getpid()}/fd/") for call in host.calls)
 
 
-def test_the_path_stays_as_the_caller_named_it(host: Host) -> None:
+def test_path_stays_as_the_caller_named_it(host: Host) -> None:
     path = host.raw()
     roundabout = os.path.join(host.folder, "..", os.path.basename(host.folder), "disk")
 
-    assert reading.raw(roundabout).path == roundabout != path
+    assert read_raw(roundabout).path == roundabout != path
 
 
 # What is not read.
 
 
-def test_a_file_that_is_not_there(host: Host) -> None:
+def test_file_that_is_not_there(host: Host) -> None:
     with pytest.raises(exceptions.DiskNotFound, match="no such file"):
-        reading.raw(host.path("none"))
+        read_raw(host.path("none"))
 
 
-@pytest.mark.parametrize("read", [reading.raw, reading.qcow2, reading.detected_format])
-def test_a_folder_is_no_disk_and_qemu_img_is_not_asked(host: Host, read: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("read", [read_raw, read_qcow2, guess])
+def test_pipe_is_no_disk_and_is_not_waited_for(host: Host, read: Callable[[str], Any]) -> None:
+    os.mkfifo(host.path())
+
+    with pytest.raises(exceptions.DiskNotFound, match="not a regular file"):
+        read(host.path())
+
+    assert host.calls == []
+
+
+@pytest.mark.parametrize("read", [read_raw, read_qcow2, guess])
+def test_folder_is_no_disk_and_qemu_img_is_not_asked(host: Host, read: Callable[[str], Any]) -> None:
     with pytest.raises(exceptions.DiskNotFound, match="not a regular file"):
         read(host.folder)
 
     assert host.calls == []
 
 
-def test_a_raw_file_is_not_handed_to_qemu_img_as_qcow2(host: Host) -> None:
+def test_raw_file_is_not_handed_to_qemu_img_as_qcow2(host: Host) -> None:
     path = host.raw()
 
     with pytest.raises(exceptions.FormatMismatch, match="no qcow2 header"):
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert host.calls == []
 
 
 @pytest.mark.parametrize("length", [0, 3])
-def test_a_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> None:
+def test_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> None:
     path = host.raw(length)
 
     with pytest.raises(exceptions.FormatMismatch):
-        reading.qcow2(path)
+        read_qcow2(path)
 
 
 @pytest.mark.parametrize(
@@ -393,56 +407,63 @@ def test_a_file_too_short_for_a_header_is_not_qcow2(host: Host, length: int) -> 
         ({"corruptions": 2}, exceptions.BrokenImage, "finds 2 errors"),
     ],
 )
-def test_an_image_that_cannot_be_preallocated_is_refused(
+def test_image_that_cannot_be_preallocated_is_refused(
     host: Host, more: dict[str, Any], error: type[Exception], reason: str
 ) -> None:
     path = host.qcow2(mapped=0.5, **more)
 
     with pytest.raises(error, match=reason):
-        reading.qcow2(path)
+        read_qcow2(path)
+
+
+def test_disk_whose_data_is_elsewhere_is_refused_before_qemu_opens_that(host: Host) -> None:
+    with pytest.raises(exceptions.UnsupportedFormat, match="data-file"):
+        read_qcow2(host.qcow2(data_file=True))
+
+    assert host.calls == []
 
 
 def test_leaked_clusters_are_no_fault(host: Host) -> None:
     path = host.qcow2(mapped=1.0, leaks=3)
     host.ends("check", 3)
 
-    assert reading.qcow2(path).state == "preallocated"
+    assert read_qcow2(path).state == "preallocated"
 
 
 def test_faults_in_an_image_in_use_may_be_half_of_a_change(host: Host) -> None:
     path = host.qcow2(mapped=0.5, corruptions=1)
 
     with hosts.opened_by_qemu(path):
-        image = reading.qcow2(path)
+        image = read_qcow2(path)
 
     assert image.in_use is True
 
 
-def test_a_mark_of_corruption_counts_also_while_in_use(host: Host) -> None:
+def test_mark_of_corruption_counts_also_while_in_use(host: Host) -> None:
     path = host.qcow2(mapped=0.5, corrupt=True)
 
     with hosts.opened_by_qemu(path), pytest.raises(exceptions.BrokenImage):
-        reading.qcow2(path)
+        read_qcow2(path)
 
 
 @pytest.mark.parametrize("name", ["info", "check"])
-def test_an_image_that_exhausts_its_limits_is_given_up(host: Host, name: str) -> None:
+def test_image_that_exhausts_its_limits_is_given_up(host: Host, name: str) -> None:
     path = host.qcow2(mapped=0.5)
     host.ends(name, -24)
 
     with pytest.raises(exceptions.ProgramKilled) as caught:
-        reading.qcow2(path)
+        read_qcow2(path)
 
     assert caught.value.path == path
 
 
-def test_a_refusal_comes_before_what_check_says_of_the_image(host: Host) -> None:
+def test_refusal_comes_before_what_check_says_of_the_image(host: Host) -> None:
     # qemu-img check fails on an encrypted image for want of the key.
     path = host.qcow2(encrypted=True)
     host.ends("check", 1, "Parameter 'encrypt.key-secret' is required for cipher")
 
     with pytest.raises(exceptions.UnsupportedFormat, match="encrypted"):
-        reading.qcow2(path)
+        read_qcow2(path)
 
 
 # Where the filesystem has no extent map.
@@ -455,7 +476,7 @@ def test_without_an_extent_map_the_blocks_count(host: Host) -> None:
         os.fdatasync(disk.fileno())
 
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: None):
-        image = reading.raw(path)
+        image = read_raw(path)
 
     assert image.held_size == image.allocated_size
     assert units.Mi <= image.held_size < 2 * units.Mi
@@ -468,7 +489,7 @@ def test_without_an_extent_map_no_more_is_held_than_can_be_used(host: Host) -> N
         os.fdatasync(disk.fileno())
 
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: None):
-        image = reading.raw(path)
+        image = read_raw(path)
 
     assert (image.held_size, image.shortfall, image.shared_bytes) == (512, 0, 0)
 
@@ -476,12 +497,31 @@ def test_without_an_extent_map_no_more_is_held_than_can_be_used(host: Host) -> N
 # Backing files.
 
 
-def test_the_size_of_a_backing_file_is_asked_in_its_format(host: Host) -> None:
-    assert reading.virtual_size(host.qcow2(SIZE), "qcow2") == SIZE
+def test_size_of_a_backing_file_is_asked_in_its_format(host: Host) -> None:
+    assert reading.virtual_size(host.path("overlay"), host.qcow2(SIZE), "qcow2") == SIZE
     assert host.calls[0].after("-f") == "qcow2"
 
 
-def test_the_format_of_a_file_is_detected_under_limits(host: Host) -> None:
-    assert reading.detected_format(host.qcow2()) == "qcow2"
-    assert reading.detected_format(host.raw()) == "raw"
+def test_format_of_a_file_is_detected_under_limits(host: Host) -> None:
+    assert guess(host.qcow2()) == "qcow2"
+    assert guess(host.raw()) == "raw"
     assert all(call.limits is qemu_img.LIMITS for call in host.calls)
+
+
+@pytest.mark.parametrize(
+    ("head", "format"),
+    [
+        (b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(504), "qcow2"),
+        # QEMU would open the files that such headers name.
+        (b"KDMV" + bytes(508), "vmdk"),
+        (b"COWD" + bytes(508), "vmdk"),
+        (b'# Disk DescriptorFile\n\nversion=1\nRW 1 FLAT "/etc/shadow" 0\n'.ljust(512), "vmdk"),
+    ],
+)
+def test_what_leads_qemu_to_other_files_is_told_without_it(host: Host, head: bytes, format: str) -> None:
+    path = host.raw()
+    with open(path, "r+b") as disk:
+        disk.write(head)
+
+    assert guess(path) == format
+    assert host.calls == []

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images made, and looked at, with qemu's own programs: what our library says of them is not asked here."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 import contextlib
 import hashlib
 import json
@@ -10,9 +13,12 @@ import signal
 import subprocess
 import tempfile
 import time
+from typing import Any, BinaryIO, Union
+
+StrPath = Union[str, "os.PathLike[str]"]
 
 
-def run(*argv, cwd=None):
+def run(*argv: StrPath | int, cwd: StrPath | None = None) -> str:
     """Run a program and return what it printed; its failure is the test's."""
     done = subprocess.run(
         [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in argv],
@@ -23,7 +29,7 @@ def run(*argv, cwd=None):
     return done.stdout
 
 
-def random_file(path, size):
+def random_file(path: StrPath, size: int) -> pathlib.Path:
     """Make a raw image of random bytes, in which nothing reads as zeros."""
     with open(path, "wb") as file:
         for start in range(0, size, 1 << 24):
@@ -31,14 +37,21 @@ def random_file(path, size):
     return pathlib.Path(path)
 
 
-def sparse_file(path, size):
+def sparse_file(path: StrPath, size: int) -> pathlib.Path:
     """Make a raw image that is one hole."""
     with open(path, "wb") as file:
         file.truncate(size)
     return pathlib.Path(path)
 
 
-def qcow2(path, size, *, backing=None, backing_format="raw", **options):
+def qcow2(
+    path: StrPath,
+    size: int,
+    *,
+    backing: StrPath | None = None,
+    backing_format: str = "raw",
+    **options: StrPath | int,
+) -> pathlib.Path:
     """Make a thin qcow2 image, as Nova does."""
     backed = [] if backing is None else ["-b", backing, "-F", backing_format]
     chosen = ["-o", ",".join(f"{key}={value}" for key, value in options.items())] if options else []
@@ -46,12 +59,12 @@ def qcow2(path, size, *, backing=None, backing_format="raw", **options):
     return pathlib.Path(path)
 
 
-def forget_backing_format(path):
+def forget_backing_format(path: StrPath) -> None:
     """Take the backing file's format out of a qcow2 header, which today's qemu-img refuses to leave out."""
     replace_in_header(path, b"\xe2\x79\x2a\xca", b"\x13\x37\x13\x37")
 
 
-def replace_in_header(path, old, new):
+def replace_in_header(path: StrPath, old: bytes, new: bytes) -> None:
     """Put other bytes in the place of those that are found first in a file's first 4 KiB."""
     assert len(old) == len(new)
     with open(path, "r+b") as file:
@@ -60,37 +73,37 @@ def replace_in_header(path, old, new):
         file.write(new)
 
 
-def qcow2_of(path, source, *options):
+def qcow2_of(path: StrPath, source: StrPath, *options: str) -> pathlib.Path:
     """Make a qcow2 image with the content of a raw one."""
     run("qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", *options, source, path)
     return pathlib.Path(path)
 
 
-def qemu_io(path, *commands, format="qcow2"):
+def qemu_io(path: StrPath, *commands: str, format: str = "qcow2") -> str:
     """Run qemu-io commands on an image, in one process."""
     said = run("qemu-io", "-f", format, *(word for command in commands for word in ("-c", command)), path)
     assert "failed" not in said, said
     return said
 
 
-def info(path, format="qcow2"):
+def info(path: StrPath, format: str = "qcow2") -> dict[str, Any]:
     """Return what qemu-img info says."""
-    return json.loads(run("qemu-img", "info", "-U", "--output=json", "-f", format, path))
+    return dict(json.loads(run("qemu-img", "info", "-U", "--output=json", "-f", format, path)))
 
 
-def check(path):
+def check(path: StrPath) -> dict[str, Any]:
     """Return what qemu-img check says of a qcow2 image without errors and leaks; its status says that."""
-    return json.loads(run("qemu-img", "check", "-U", "--output=json", "-f", "qcow2", path))
+    return dict(json.loads(run("qemu-img", "check", "-U", "--output=json", "-f", "qcow2", path)))
 
 
-def extents(path):
+def extents(path: StrPath) -> list[dict[str, Any]]:
     """Return what qemu-img map says, from the first byte to the last."""
-    return json.loads(run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path))
+    return list(json.loads(run("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path)))
 
 
-def allocated_from(path):
+def allocated_from(path: StrPath) -> int:
     """Return from where on the image itself has all data, so that no backing file is asked and no L2 entry changes."""
-    start = info(path)["virtual-size"]
+    start: int = info(path)["virtual-size"]
     for extent in reversed(extents(path)):
         if extent["depth"] or not extent["data"]:
             break
@@ -98,44 +111,53 @@ def allocated_from(path):
     return start
 
 
-def held(path):
+def held(path: StrPath) -> int:
     """Return how many bytes the filesystem has set aside for a file's data."""
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path))
 
 
-def unwritten(path):
+def unwritten(path: StrPath) -> int:
     """Return how many bytes of a file the filesystem has set aside, but would have to mark as written."""
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path) if "unwritten" in line)
 
 
-def shared(path):
+def shared(path: StrPath) -> int:
     """Return how many bytes of a file belong to another file too."""
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path) if "shared" in line)
 
 
-def _filefrag(path):
+def _filefrag(path: StrPath) -> list[str]:
     # A header of three lines, a line an extent, a summary; -s: after its dirty pages are written.
     return run("filefrag", "-s", "-v", "-b512", path).splitlines()[3:-1]
 
 
-def differences(path, other, *, format="qcow2", other_format="qcow2"):
+def differences(path: StrPath, other: StrPath, *, format: str = "qcow2", other_format: str = "qcow2") -> str:
     """Say how the guest would find one image to differ from another; nothing where it would not.
 
     By comparing and, because that believes the map about what is zero, by
     reading every byte of both.
     """
-    done = subprocess.run(
-        ["qemu-img", "compare", "-f", format, "-F", other_format, path, other],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return done.stdout + done.stderr
+    if said := _compare(path, other, format, other_format):
+        return said
     if digest(path, format) != digest(other, other_format):
         return "qemu-img compare finds them alike, but other bytes are read"
     return ""
 
 
-def digest(path, format="qcow2"):
+def reads_like(path: StrPath, format: str, other: StrPath, other_format: str = "raw") -> bool:
+    """Whether qemu-img finds that a guest reads the same from two images; for those too large to read every byte of."""
+    return not _compare(path, other, format, other_format)
+
+
+def _compare(path: StrPath, other: StrPath, format: str, other_format: str) -> str:
+    done = subprocess.run(
+        ["qemu-img", "compare", "-f", format, "-F", other_format, path, other],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"{done.stdout}{done.stderr}qemu-img compare ended with {done.returncode}" if done.returncode else ""
+
+
+def digest(path: StrPath, format: str = "qcow2") -> str:
     """Hash all that a guest would read, zeros read too and not inferred."""
     with tempfile.TemporaryDirectory(prefix="imgprealloc-digest-") as scratch:
         target = os.path.join(scratch, "raw")
@@ -144,31 +166,31 @@ def digest(path, format="qcow2"):
             return _sha256(file)
 
 
-def file_digest(path):
+def file_digest(path: StrPath) -> str:
     """Hash the bytes of the file itself."""
     with open(path, "rb") as file:
         return _sha256(file)
 
 
-def _sha256(file):
+def _sha256(file: BinaryIO) -> str:
     found = hashlib.sha256()
     while block := file.read(1 << 22):
         found.update(block)
     return found.hexdigest()
 
 
-def identity(path):
+def identity(path: StrPath) -> tuple[int, ...]:
     """Return what changes in a file's inode when it is replaced, or written, or given space."""
     status = os.stat(path)
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_blocks
 
 
-def allocated(path):
+def allocated(path: StrPath) -> int:
     """Return the bytes that the filesystem says the file takes."""
     return os.stat(path).st_blocks * 512
 
 
-def free(directory):
+def free(directory: StrPath) -> int:
     """Return the bytes that are free on a filesystem, once it has put everything in its place."""
     run("sync", "-f", directory)
     space = os.statvfs(directory)
@@ -176,7 +198,7 @@ def free(directory):
 
 
 @contextlib.contextmanager
-def guest(path, *, format="qcow2"):
+def guest(path: StrPath, *, format: str = "qcow2") -> Iterator[str]:
     """Keep a disk open for writing, as a guest's QEMU does; give the address to write to it by."""
     with tempfile.TemporaryDirectory(prefix="imgprealloc-guest-") as scratch:
         socket = os.path.join(scratch, "nbd")
@@ -192,7 +214,7 @@ def guest(path, *, format="qcow2"):
             end(pid, signal.SIGTERM)
 
 
-def end(pid, number):
+def end(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process that we started, and wait until it is gone."""
     deadline = time.monotonic() + 30
     while os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in _status(pid):
@@ -203,7 +225,7 @@ def end(pid, number):
         time.sleep(0.02)
 
 
-def _status(pid):
+def _status(pid: int) -> str:
     try:
         return pathlib.Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
