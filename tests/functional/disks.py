@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 from typing import Any, Optional
 
-from functional import images
+import images
+
 from imgprealloc import DiskImage
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator

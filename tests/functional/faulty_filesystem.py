@@ -11,6 +11,7 @@ socket outside the mount what to answer when.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -68,9 +69,14 @@ class FaultyFilesystem:
         self.mount_point = mount_point
         self._control = control
 
-    def prepare(self, operations: Sequence[str] = (), error: str = "EIO", at: int | None = 1) -> None:
-        """Answer the at-th of these operations from now on with an error; all of them, if at is None."""
-        self._ask({"operations": list(operations), "error": error, "at": at})
+    def prepare(
+        self, operations: Sequence[str] = (), error: str = "EIO", at: int | None = 1, by: int | None = None
+    ) -> None:
+        """Answer the at-th of these operations from now on with an error; all of them, if at is None.
+
+        :param by: the process whose operations count, if not everybody's do
+        """
+        self._ask({"operations": list(operations), "error": error, "at": at, "by": by})
 
     def files(self) -> list[str]:
         """List what is there, but for removed files that were open, which FUSE hides under other names."""
@@ -78,7 +84,7 @@ class FaultyFilesystem:
 
     def report(self) -> Report:
         """Tell what has happened, and work without faults from now on."""
-        answer = self._ask({"operations": [], "error": "EIO", "at": None})
+        answer = self._ask({"operations": [], "error": "EIO", "at": None, "by": None})
         struck = answer["struck"]
         return Report(
             tuple(Operation(*found) for found in answer["seen"]), None if struck is None else Operation(*struck)
@@ -129,9 +135,14 @@ def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Ite
 
 
 class _Fault:
-    """The one fault that is prepared, and what has been seen since; used by two threads."""
+    """The one fault that is prepared, and what has been seen since; used by two threads.
 
-    def __init__(self) -> None:
+    :param caller: tells the process that has asked for an operation
+    """
+
+    def __init__(self, caller: Callable[[], int]) -> None:
+        self._caller = caller
+        self._by: int | None = None
         self._lock = threading.Lock()
         self._operations: frozenset[str] = frozenset()
         self._error = errno.EIO
@@ -144,6 +155,8 @@ class _Fault:
         with self._lock:
             # What FUSE does on its own with removed files that are still open is nobody's operation.
             if operation not in self._operations or (path or "").startswith("/.fuse_hidden"):
+                return
+            if self._by not in (None, self._caller()):
                 return
             self._seen.append((operation, path or "(removed)"))
             if self._at in (None, len(self._seen)):
@@ -163,7 +176,7 @@ class _Fault:
                     answer = {"seen": self._seen, "struck": self._struck}
                     self._operations = frozenset(request["operations"])
                     self._error = getattr(errno, request["error"])
-                    self._at = request["at"]
+                    self._at, self._by = request["at"], request["by"]
                     self._seen, self._struck = [], None
                 stream.write(json.dumps(answer) + "\n")
                 stream.flush()
@@ -172,7 +185,7 @@ class _Fault:
 def _main(below: str, mount_point: str, control: str) -> None:
     import mfusepy
 
-    fault = _Fault()
+    fault = _Fault(lambda: int(mfusepy.fuse_get_context()[2]))
     libc = ctypes.CDLL(None, use_errno=True)
 
     def at(path: str) -> str:

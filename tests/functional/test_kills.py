@@ -21,11 +21,11 @@ import subprocess
 import sys
 import time
 
+import images
 import loop_filesystem
 import pytest
 
 from functional import disks as disks_module
-from functional import images
 from functional import processes
 from functional import tally
 from functional.disks import GROWN

@@ -11,11 +11,11 @@ import pathlib
 import subprocess
 from typing import Any
 
+import images
 import loop_filesystem
 import pytest
 
 from functional import disks as disks_module
-from functional import images
 from functional import tally
 from functional.disks import TEMPORARY
 from functional.disks import ZEROS
@@ -257,9 +257,10 @@ def link(disk: pathlib.Path, verb: Verb) -> None:
 
 
 def grow(disk: pathlib.Path, verb: Verb) -> None:
-    """Make it longer, by bytes that are not zero."""
-    with open(disk, "ab") as file:
-        file.write(b"\x77" * (3 * MiB))
+    """Make it longer, by bytes that are not zero, whatever its length is by now."""
+    with open(disk, "r+b") as file:
+        file.seek(8 * MiB)
+        file.write(b"\x77" * MiB)
 
 
 def write(disk: pathlib.Path, verb: Verb) -> None:

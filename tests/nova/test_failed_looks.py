@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One look that fails while Nova makes or starts a disk: what was there stays, and reads the same.
 
-The instance's folder is a FUSE filesystem, on which each look in turn is
-answered with an error, also those of Nova itself.
+The instance's folder is a FUSE filesystem, on which each look of the process in
+turn is answered with an error, Nova's own and ours. Those of the programs that
+it runs are tried in tests/functional.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def test_no_look_that_fails_at_a_start_loses_a_disk(
             if kind == "raw":
                 # With its holes, or there is nothing to fill.
                 subprocess.run(["fallocate", "--dig-holes", str(ground.disk)], check=True)
-            ground.faulty.prepare(LOOKS, "EIO", at)
+            ground.faulty.prepare(LOOKS, "EIO", at, os.getpid())
             failed = ground.cache(size)
             struck = ground.faulty.report().struck
             with counts.case("start", kind, "EIO at", at, struck):
@@ -158,7 +159,7 @@ def test_no_look_that_fails_at_a_build_leaves_anything_of_ours(
         at = 1
         while True:
             ground.clear()
-            ground.faulty.prepare(LOOKS, "EIO", at)
+            ground.faulty.prepare(LOOKS, "EIO", at, os.getpid())
             failed = ground.cache()
             struck = ground.faulty.report().struck
             with counts.case("build", kind, "EIO at", at, struck):
