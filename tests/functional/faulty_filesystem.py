@@ -33,6 +33,15 @@ from typing import Any, Optional
 LOOKS = ("access", "getattr", "open", "opendir", "readdir", "readlink", "statfs")
 CHANGES = ("chmod", "chown", "create", "fallocate", "fsync", "fsyncdir", "rename", "truncate", "unlink", "write")
 
+# As many looks are made to fail one by one, and of what comes later one in three;
+# all, one by one, if the environment says so.
+_ONE_BY_ONE = sys.maxsize if os.environ.get("IMGPREALLOC_EVERY_LOOK") else 30
+
+
+def after(at: int) -> int:
+    """Return the number of the look that is made to fail in the next turn."""
+    return at + (1 if at < _ONE_BY_ONE else 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
