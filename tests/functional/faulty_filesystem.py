@@ -137,7 +137,7 @@ def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Ite
             finally:
                 subprocess.run(["umount", "-l", mount_point], check=False, stderr=subprocess.DEVNULL)
                 try:
-                    process.wait(10)
+                    process.wait(3)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
@@ -162,8 +162,10 @@ class _Fault:
     def __call__(self, operation: str, path: str | None) -> None:
         """Raise the error, if this is the operation that it is for."""
         with self._lock:
+            if operation not in self._operations:
+                return
             # What FUSE does on its own with removed files that are still open is nobody's operation.
-            if operation not in self._operations or (path or "").startswith("/.fuse_hidden"):
+            if self._at is not None and (path or "").startswith("/.fuse_hidden"):
                 return
             if self._by not in (None, self._caller()):
                 return

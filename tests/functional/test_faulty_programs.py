@@ -138,6 +138,7 @@ def test_no_fault_of_a_program_loses_a_disk(
                     assert programs.left_running() == []
 
 
+@pytest.mark.parametrize("verb", ["rewrite", "create_overlay", "grow_raw"], indirect=True)
 def test_no_flood_of_a_program_takes_memory(
     verb: Verb,
     disks: disks_module.Disks,

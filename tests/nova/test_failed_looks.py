@@ -73,7 +73,7 @@ class Ground:
     def clear(self) -> None:
         """Remove all."""
         for left in self.faulty.below.iterdir():
-            left.unlink()
+            left.unlink(missing_ok=True)
 
 
 @pytest.fixture
