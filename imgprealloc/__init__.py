@@ -3,6 +3,7 @@
 
 from importlib import metadata as _metadata
 
+from imgprealloc.exceptions import BackingFileUnusable
 from imgprealloc.exceptions import BrokenImage
 from imgprealloc.exceptions import CommandFailed
 from imgprealloc.exceptions import DiskExists
@@ -32,6 +33,7 @@ from imgprealloc.settings import OnUnsupported
 __version__ = _metadata.version("imgprealloc")
 
 __all__ = (
+    "BackingFileUnusable",
     "BrokenImage",
     "CommandFailed",
     "DiskExists",

@@ -27,7 +27,7 @@ def names_protocol(backing_file: str) -> bool:
 def virtual_size(place: Place, backing_file: str, backing_format: str) -> int:
     """Return the virtual size, in bytes, of a disk's backing file, once all of its chain has been looked at.
 
-    :raises: UnsupportedFormat, FileError, BrokenImage, ProgramMissing,
+    :raises: BackingFileUnusable, FileError, BrokenImage, ProgramMissing,
         ProgramKilled
     """
     path = place.beside(backing_file)
@@ -62,7 +62,7 @@ def _look_at_chain(place: Place, path: str, format: str | None) -> None:
         path, format = os.path.join(os.path.dirname(os.path.realpath(path)), next_file), next_format
 
 
-def _unusable(place: Place, reason: str) -> exceptions.BrokenImage:
-    return exceptions.BrokenImage(
+def _unusable(place: Place, reason: str) -> exceptions.BackingFileUnusable:
+    return exceptions.BackingFileUnusable(
         place.path, reason, "Put the backing file back where it was, or name the right one (qemu-img rebase -u)."
     )

@@ -14,10 +14,14 @@ import dataclasses
 import errno
 import os
 import stat
+import time
 
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc.image import FileStamp
+
+_ATTEMPTS = 5
+_PAUSE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +170,22 @@ def _folder(directory: str) -> Iterator[tuple[str, int]]:
 def _open(path: str, name: str, folder_fd: int, access: int) -> int:
     # Not a link that has come meanwhile, and without waiting for a FIFO.
     try:
-        fd = os.open(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+        fd = _open_at_once(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, folder_fd)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, path) from exc
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise _no_regular_file(path)
     return fd
+
+
+def _open_at_once(name: str, flags: int, folder_fd: int) -> int:
+    # Refused for the moment in which another imgprealloc asks who has the file open; see lock.
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            return os.open(name, flags, dir_fd=folder_fd)
+        time.sleep(_PAUSE)
+    return os.open(name, flags, dir_fd=folder_fd)
 
 
 def _require_regular(path: str) -> None:

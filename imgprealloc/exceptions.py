@@ -85,6 +85,10 @@ class FormatNotCertain(PreallocationError):
         self.guess = guess
 
 
+class BackingFileUnusable(PreallocationError):
+    """A backing file is not there, or is nothing that QEMU could be let near."""
+
+
 class BrokenImage(PreallocationError):
     """qemu-img finds the image corrupt, or says something unreadable of it."""
 

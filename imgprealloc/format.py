@@ -118,7 +118,10 @@ class Format(abc.ABC):
         found: list[DiskImage] = []
 
         def judge(new: NewFile) -> None:
-            image = self.read(new)
+            try:
+                image = self.read(new)
+            except exceptions.FormatMismatch as exc:
+                raise _not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
             _refuse_other_than_asked(image, asked)
             found.append(self.kept(image, promise, promise.states))
 
@@ -200,8 +203,12 @@ def _refuse_other_than_asked(image: DiskImage, asked: Geometry) -> None:
     for field in dataclasses.fields(asked):
         wanted, found = getattr(asked, field.name), getattr(image, field.name)
         if found != wanted and not (field.name == "cluster_size" and wanted is None):
-            raise exceptions.BrokenImage(
-                image.path,
-                f"qemu-img was asked for a {field.name} of {wanted!r}, said that it was done, and made {found!r}",
-                "Nothing was changed; see whether this qemu-img works.",
-            )
+            raise _not_as_asked(image.path, f"a {field.name} of {wanted!r}", repr(found))
+
+
+def _not_as_asked(path: str, wanted: str, found: str) -> exceptions.BrokenImage:
+    return exceptions.BrokenImage(
+        path,
+        f"qemu-img was asked for {wanted}, said that it was done, and made {found}",
+        "Nothing was changed; see whether this qemu-img works.",
+    )

@@ -8,6 +8,7 @@ that was there keeps its guest from nothing: what cannot be done is warned of.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from typing import Any, Optional
 
@@ -31,10 +32,10 @@ def for_running_guest(strategy: Preallocator) -> Preallocator:
 
     Zeros cannot be written there, but space can be set aside.
     """
-    return Preallocator(
+    return dataclasses.replace(
+        strategy,
         mode="falloc" if strategy.mode == "full" else strategy.mode,
         on_unsupported="metadata" if strategy.on_unsupported == "full" else strategy.on_unsupported,
-        overlay_cluster_size=strategy.overlay_cluster_size,
     )
 
 

@@ -124,6 +124,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 # Stock Nova calls no fallocate for one that is there.
                 _heal(path, format, instance)
                 continue
+            record.believe(path)
             try:
                 healing.preallocate_new(
                     _preallocator(instance), path, format, compute_utils.disk_ops_semaphore
@@ -262,6 +263,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
             log.warn_once("format", self.path, f"not preallocated: its format is {self.driver_format}")
         else:
             made = os.stat(self.path)
+            record.believe(self.path)
             with fileutils.remove_path_on_error(self.path, lambda path: presence.remove_same(path, made)):
                 healing.preallocate_new(
                     self._preallocator(), self.path, self.driver_format, compute_utils.disk_ops_semaphore

@@ -120,7 +120,7 @@ class Preallocator(Settings):
             word = record.word(file, format)
             strategy = self._format(file, word)
             replacement.remove_leftovers(file)
-            if existing == "just_made":
+            if existing == "just_made" and word.certain:
                 promise = self._promise(file)
                 treatment = strategy.treatment_by_header(file, promise)
                 if treatment is not None:

@@ -244,11 +244,12 @@ def _obstacle(image: DiskImage) -> Optional[str]:
         return "it has internal snapshots, which a copy would lose"
     if image.bitmaps:
         return "it has dirty bitmaps, which a copy would lose"
-    if image.leaked_clusters:
+    # A crash leaks a few clusters; a damaged table loses sight of most.
+    if image.leaked_clusters and image.leaked_clusters >= (image.mapped_clusters or 0):
         return (
-            f"{image.leaked_clusters} clusters of it are in use by nothing (qemu-img check): of a crash, or because "
-            "one of its tables is damaged, and with that data that could still be had back. If the guest reads what "
-            "it should, run qemu-img check -r leaks on it"
+            f"{image.leaked_clusters} clusters of it are in use by nothing (qemu-img check), as if one of its tables "
+            "were damaged, and what is in them could still be had back. If the guest reads what it should, run "
+            "qemu-img check -r leaks on it"
         )
     return _obstacle_in_header(image)
 

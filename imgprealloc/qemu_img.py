@@ -195,7 +195,7 @@ def section(path: str, answer: Mapping[str, Any], *keys: str) -> Mapping[str, An
     """
     found = value(path, answer, *keys)
     if not isinstance(found, Mapping):
-        raise _odd(path, found, keys)
+        raise _wrong_value(path, found, keys)
     return found
 
 
@@ -214,7 +214,7 @@ def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
     """
     found = value(path, answer, *keys)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise _odd(path, found, keys)
+        raise _wrong_value(path, found, keys)
     return found
 
 
@@ -257,7 +257,7 @@ def _json(path: str, said: str) -> dict[str, Any]:
     return answer
 
 
-def _odd(path: str, found: Any, keys: Sequence[str]) -> exceptions.BrokenImage:
+def _wrong_value(path: str, found: Any, keys: Sequence[str]) -> exceptions.BrokenImage:
     return exceptions.BrokenImage(
         path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
     )

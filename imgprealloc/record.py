@@ -182,6 +182,16 @@ def doubt(path: str) -> None:
             _doubted.popitem(last=False)
 
 
+def believe(path: str) -> None:
+    """Doubt a disk no longer, because it has just been made, and what Nova notes of it is what it is."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return
+    # A disk that is removed leaves its inode to the next one.
+    _doubted.pop((status.st_dev, status.st_ino), None)
+
+
 def forget() -> None:
     """Doubt nothing, as a new process would."""
     _doubted.clear()

@@ -158,12 +158,12 @@ def _claimed(place: Place, suffix: str) -> Iterator[NewFile]:
             continue
         try:
             # Lost, if another one took the new file for a crash's remains meanwhile.
-            if not lock.try_exclusive(fd) or not _is(place, name, fd):
+            if not lock.try_exclusive(fd) or not _is_named(place, name, fd):
                 continue
             try:
                 yield NewFile(place.path, place.folder, place.folder_fd, name, fd)
             finally:
-                if _is(place, name, fd):
+                if _is_named(place, name, fd):
                     os.unlink(name, dir_fd=place.folder_fd)
             return
         finally:
@@ -176,7 +176,7 @@ def _settle(file: NewFile, judge: Callable[[NewFile], object]) -> None:
     # writing to wait for, and eventlet has only this one thread.
     size = os.fstat(file.fd).st_size
     command.run(file.path, "sync", file.program_name, work=size, meanwhile=lambda: judge(file))
-    if not _is(file, file.name, file.fd):
+    if not _is_named(file, file.name, file.fd):
         raise exceptions.ImageInUse(
             file.path, "another program has removed or replaced the new file", "Nothing was changed; try again."
         )
@@ -214,7 +214,7 @@ def _remove(place: Place, name: str) -> None:
                 "Wait until that has ended; then try again.",
             )
         # Another may have taken its place since it was looked at.
-        if _is_ours(os.fstat(fd)) and _is(place, name, fd):
+        if _is_ours(os.fstat(fd)) and _is_named(place, name, fd):
             os.unlink(name, dir_fd=place.folder_fd)
     finally:
         os.close(fd)
@@ -235,7 +235,7 @@ def _is_claimed(place: Place, name: str) -> bool:
         os.close(fd)
 
 
-def _is(place: Place, name: str, fd: int) -> bool:
+def _is_named(place: Place, name: str, fd: int) -> bool:
     """Whether a name in the folder is still that of an open file."""
     status = place.stat(name)
     return status is not None and os.path.samestat(os.fstat(fd), status)
@@ -304,7 +304,7 @@ def _rename_to_nothing(place: Place, file: NewFile) -> None:
     try:
         os.replace(file.name, place.name, src_dir_fd=place.folder_fd, dst_dir_fd=place.folder_fd)
     except OSError:
-        if _is(place, place.name, taken):
+        if _is_named(place, place.name, taken):
             os.unlink(place.name, dir_fd=place.folder_fd)
         raise
     finally:

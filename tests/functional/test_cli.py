@@ -72,9 +72,9 @@ def test_create_allocate_and_resize_end_with_preallocated_disks(
         shown(imgprealloc(*argv, "-f", "json"))["state"]
         for argv in (
             ("create", "--backing", base, "--backing-format", "raw", "ours", "26M"),
-            ("resize", "ours", "32M"),
+            ("resize", "--disk-format", "qcow2", "ours", "32M"),
             ("create", "--disk-format", "raw", "raw", "8M"),
-            ("allocate", "novas"),
+            ("allocate", "--disk-format", "qcow2", "novas"),
         )
     ]
 

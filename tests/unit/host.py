@@ -329,7 +329,8 @@ class Host(Programs):
 
     def _info(self, call: Call) -> dict[str, Any]:
         path = call.argv[-1]
-        disk = self._disks[_key(path)]
+        # A file of which nothing is known is raw.
+        disk = self._disks.get(_key(path)) or Disk("raw", os.path.getsize(path))
         format = call.after("-f") or disk.format
         if format == "raw":
             size = os.path.getsize(path)

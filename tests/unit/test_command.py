@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
 
 import fixtures
 from oslo_concurrency import processutils
+from oslo_utils import units
 import pytest
 
 from imgprealloc import command
@@ -182,10 +193,202 @@ def test_program_that_is_there_and_fails_under_limits_is_not_missing(programs: P
         command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
 
-def test_program_that_is_missing_under_oslo_s_own_wrapper_is_told_apart(tmp_path: object) -> None:
-    # Not played: how the wrapper ends is oslo.concurrency's to say.
+@pytest.fixture
+def only_timeout(tmp_path: pathlib.Path) -> Iterator[None]:
+    """Let nothing but coreutils' timeout be installed."""
+    (tmp_path / "timeout").symlink_to(str(shutil.which("timeout")))
+    with fixtures.EnvironmentVariable("PATH", str(tmp_path)):
+        yield
+
+
+# Not played: how timeout and oslo.concurrency's wrapper end is theirs to say.
+@pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
+def test_program_that_is_missing_is_told_apart(only_timeout: None, limits: processutils.ProcessLimits | None) -> None:
+    with pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started") as caught:
+        command.run(DISK, "qemu-img", "info", DISK, limits=limits)
+
+    assert caught.value.program == "qemu-img"
+
+
+@pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
+def test_missing_timeout_is_not_a_missing_program(
+    tmp_path: pathlib.Path, limits: processutils.ProcessLimits | None
+) -> None:
     with (
         fixtures.EnvironmentVariable("PATH", str(tmp_path)),
-        pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started"),
+        pytest.raises(exceptions.ProgramMissing, match="timeout could not be started") as caught,
     ):
-        command.run(DISK, "qemu-img", "info", DISK, limits=processutils.ProcessLimits(cpu_time=30, address_space=2**30))
+        command.run(DISK, "qemu-img", "info", DISK, limits=limits)
+
+    assert caught.value.program == "timeout"
+
+
+def test_failed_program_is_told_with_the_names_of_the_files_that_it_was_given(
+    programs: Programs, tmp_path: pathlib.Path
+) -> None:
+    with (tmp_path / "disk").open("wb") as file:
+        name = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        programs.ends("create", 1, f"qemu-img: {name}: Permission denied")
+        with pytest.raises(exceptions.CommandFailed) as caught:
+            command.run(DISK, "qemu-img", "create", name)
+
+    assert caught.value.cmd == f"qemu-img create {tmp_path}/disk"
+    assert caught.value.stderr == f"qemu-img: {tmp_path}/disk: Permission denied"
+    assert "/proc/" not in str(caught.value)
+
+
+# What they print. For real, as all that follows.
+
+
+def test_all_of_what_is_printed_is_returned_up_to_a_limit() -> None:
+    assert command.run(DISK, "head", "-c", str(units.Mi), "/dev/zero") == "\0" * units.Mi
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_flood_is_cut_off_and_takes_no_memory(status: int) -> None:
+    # 100 MB of a program's stderr took 829 MiB.
+    flood = f"head -c 100M /dev/zero | tr '\\0' x >&2 2>/dev/null; head -c 100M /dev/zero 2>/dev/null; exit {status}"
+
+    tracemalloc.start()
+    try:
+        if status:
+            with pytest.raises(exceptions.CommandFailed) as caught:
+                command.run(DISK, "sh", "-c", flood)
+            assert len(str(caught.value)) < 5000
+            assert len(str(caught.value.stdout)) + len(str(caught.value.stderr)) < 5000
+        else:
+            assert len(command.run(DISK, "sh", "-c", flood)) <= units.Mi
+        assert tracemalloc.get_traced_memory()[1] < 16 * units.Mi
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_a_long_complaint_the_end_is_told() -> None:
+    with pytest.raises(exceptions.CommandFailed) as caught:
+        command.run(DISK, "sh", "-c", "seq 100000 >&2; echo 'No space left' >&2; exit 1")
+
+    assert caught.value.reason.endswith("No space left")
+    assert "sh -c failed with status 1: ... " in caught.value.reason
+
+
+def test_what_is_no_utf_8_is_returned_all_the_same() -> None:
+    assert os.fsencode(command.run(DISK, "printf", r"\377")) == b"\xff"
+
+
+# How they end.
+
+
+@contextlib.contextmanager
+def hurried() -> Iterator[None]:
+    """Give a program half a second, and one more until it is killed."""
+    with fixtures.MockPatchObject(command, "WALL_TIME", 0.5), fixtures.MockPatchObject(command, "_GRACE", 1):
+        yield
+
+
+@pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
+@pytest.mark.parametrize("script", ["exec sleep 60", "trap '' TERM; while :; do sleep 0.1; done"])
+def test_program_that_never_ends_is_ended(script: str, limits: processutils.ProcessLimits | None) -> None:
+    started = time.monotonic()
+
+    with hurried(), pytest.raises(exceptions.ProgramKilled, match="was not done after") as caught:
+        command.run(DISK, "sh", "-c", script, limits=limits)
+
+    assert caught.value.path == DISK
+    assert time.monotonic() - started < 20
+
+
+def test_what_has_more_to_write_has_more_time(programs: Programs) -> None:
+    command.run(DISK, "sync", DISK, work=units.Ti)
+    command.run(DISK, "sync", DISK)
+
+    assert [call.seconds for call in programs.calls] == [600 + units.Ti / (4 * units.Mi), 600]
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait for something that has to come."""
+    ends = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < ends, "it has not come"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def sleeper(told: pathlib.Path) -> tuple[str, ...]:
+    """Return a program that tells its number and sleeps for longer than a test may take."""
+    return "sh", "-c", f"echo $$ >{told}.part && mv {told}.part {told}; exec sleep 300"
+
+
+def alarm(told: pathlib.Path) -> None:
+    until(told.exists)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+
+class Interrupt(BaseException):
+    """What a signal's handler may raise."""
+
+
+def test_exception_that_comes_meanwhile_ends_the_program(tmp_path: pathlib.Path) -> None:
+    told = tmp_path / "told"
+
+    def interrupted() -> None:
+        until(told.exists)
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        command.run(DISK, *sleeper(told), meanwhile=interrupted)
+
+    until(lambda: is_gone(int(told.read_text())))
+
+
+def test_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path) -> None:
+    told = tmp_path / "told"
+
+    def handler(number: int, frame: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(Interrupt):
+            command.run(
+                DISK,
+                *sleeper(told),
+                meanwhile=lambda: alarm(told),
+            )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    until(lambda: is_gone(int(told.read_text())))
+
+
+@pytest.mark.parametrize("limits", ["None", "processutils.ProcessLimits(cpu_time=30)"])
+def test_program_ends_with_the_process_that_has_started_it(tmp_path: pathlib.Path, limits: str) -> None:
+    told = tmp_path / "told"
+    code = (
+        "from oslo_concurrency import processutils; from imgprealloc import command;"
+        f"command.run('disk', *{sleeper(told)!r}, limits={limits})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as parent:
+        until(told.exists)
+        parent.kill()
+
+    until(lambda: is_gone(int(told.read_text())))
+
+
+def test_program_leaves_nothing_open() -> None:
+    before = os.listdir("/proc/self/fd")
+
+    command.run(DISK, "true")
+    with pytest.raises(exceptions.CommandFailed):
+        command.run(DISK, "false")
+
+    assert os.listdir("/proc/self/fd") == before

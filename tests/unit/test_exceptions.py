@@ -15,7 +15,6 @@ import pytest
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
-from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
@@ -71,6 +70,10 @@ def mismatch(host: Host) -> None:
     in_format.qcow2().inspect(host.raw())
 
 
+def no_base(host: Host) -> None:
+    Preallocator().create(host.path(), SIZE, host.path("none"), backing_format="raw")
+
+
 def broken(host: Host) -> None:
     Preallocator().inspect(host.qcow2(corruptions=1))
 
@@ -120,7 +123,7 @@ def no_room_for_a_file(host: Host) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", full):
+    with fixtures.MockPatchObject(os, "open", full):
         Preallocator().create(host.path(), SIZE)
 
 
@@ -140,6 +143,7 @@ ERRORS: list[tuple[type[PreallocationError], Callable[[Host], None]]] = [
     (exceptions.ImageInUse, in_use),
     (exceptions.UnsupportedFormat, unsupported_format),
     (exceptions.FormatMismatch, mismatch),
+    (exceptions.BackingFileUnusable, no_base),
     (exceptions.BrokenImage, broken),
     (exceptions.UnsupportedFilesystem, unsupported_filesystem),
     (exceptions.ProgramMissing, missing),
@@ -235,7 +239,7 @@ def test_error_of_a_program_keeps_its_cause(host: Host, provoke: Callable[[Host]
 
 
 def test_error_that_nova_shall_not_reschedule_on_is_no_process_error() -> None:
-    process_errors = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
+    process_errors: set[type] = {kind for kind, _ in ERRORS if issubclass(kind, processutils.ProcessExecutionError)}
 
     assert process_errors == {exceptions.CommandFailed, exceptions.NoSpace}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import errno
+import fcntl
 import os
 import pathlib
 import struct
@@ -148,7 +149,7 @@ class Fiemap(fixtures.Fixture):
         self.calls = 0
 
     def _setUp(self) -> None:
-        self.useFixture(fixtures.MockPatchObject(fallocate.fcntl, "ioctl", self._ioctl))
+        self.useFixture(fixtures.MockPatchObject(fcntl, "ioctl", self._ioctl))
 
     def _ioctl(self, fd: int, request: int, buffer: bytearray) -> int:
         assert request == 0xC020660B
@@ -202,12 +203,12 @@ def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
 def test_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(code)):
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(code)):
         assert fallocate.extents(str(file)) is None
 
 
 def test_any_other_fault_of_the_extent_map_is_an_error(file: pathlib.Path) -> None:
-    with fixtures.MockPatchObject(fallocate.fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
+    with fixtures.MockPatchObject(fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
         fallocate.extents(str(file))
 
 

@@ -14,7 +14,37 @@ import pytest
 import imgprealloc
 
 FOLDER = pathlib.Path(str(imgprealloc.__file__)).parent
-MODULES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py")}
+MODULES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    for path in FOLDER.rglob("*.py")
+}
+
+# The house: each module stands on those below it, and knows of nothing above.
+FLOORS = (
+    {"image", "exceptions", "settings", "log", "presence"},
+    {"os_errors"},
+    {"command"},
+    {"qemu_img", "fallocate", "qcow2_header"},
+    {"filesystem"},
+    {"lock"},
+    {"zeros", "disk_file"},
+    {"promise", "reading", "replacement"},
+    {"backing", "format"},
+    {"raw", "qcow2", "record"},
+    {"preallocator"},
+    {"healing", "opts", "seams"},
+    {"nova", "extra_specs"},
+    {"check_nova"},
+    {"cli.signals"},
+    {"cli.disks"},
+    {"cli.allocate", "cli.check_nova", "cli.create", "cli.resize", "cli.show"},
+    {"cli"},
+    {"cli.__main__"},
+)
+FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+# What the package says to its users.
+FACADE = "__init__"
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -28,43 +58,109 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
+def ours(tree: ast.Module) -> set[str]:
+    """List the modules of ours that a module imports, or imports something from."""
+    found = set()
+    for name in imported(tree):
+        package, _, rest = name.partition(".")
+        if package == "imgprealloc":
+            # The longest part of it that is a module's name.
+            parts = rest.split(".") if rest else []
+            ends = [end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in MODULES]
+            found.add(".".join(parts[: ends[0]]) if ends else FACADE)
+    return found
+
+
 def called(tree: ast.Module) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
+def users(*calls: str) -> set[str]:
+    """List the modules that call one of these."""
+    return {name for name, tree in MODULES.items() if set(calls) & called(tree)}
+
+
+def test_every_module_has_its_floor() -> None:
+    assert set(FLOOR_OF) == set(MODULES) - {FACADE}
+    assert len(FLOOR_OF) == sum(map(len, FLOORS))
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR_OF))
+def test_module_imports_only_what_is_below_it(module: str) -> None:
+    above = {name for name in ours(MODULES[module]) - {FACADE} if FLOOR_OF[name] >= FLOOR_OF[module]}
+
+    assert above == set()
+
+
+def test_package_s_own_names_are_for_its_users_and_the_command_s_version() -> None:
+    assert {name for name, tree in MODULES.items() if FACADE in ours(tree)} == {"cli"}
+
+
 def test_one_module_starts_programs() -> None:
-    starters = {
-        name
-        for name, tree in MODULES.items()
-        if {"processutils.execute", "os.system", "os.popen"} & called(tree)
-        or any(module.split(".")[0] == "subprocess" for module in imported(tree))
-    }
+    starters = users("processutils.execute", "os.system", "os.popen", "subprocess.run", "subprocess.Popen")
 
     assert starters == {"command"}
+
+
+def test_one_module_runs_qemu_img() -> None:
+    runners = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "command.run"
+        and any(isinstance(word, ast.Constant) and word.value == "qemu-img" for word in node.args)
+    }
+
+    assert runners == {"qemu_img"}
 
 
 def test_only_what_nova_loads_and_its_check_import_nova() -> None:
     users = {name for name, tree in MODULES.items() if any(module.split(".")[0] == "nova" for module in imported(tree))}
 
-    assert users == {"nova", "check_nova", "extra_specs"}
+    assert users == {"nova", "seams", "check_nova", "extra_specs"}
 
 
-@pytest.mark.parametrize(
-    "lower",
-    ["image", "exceptions", "command", "lock", "qcow2_header", "qemu_img", "fallocate", "filesystem", "reading",
-     "replacement", "terms"],
-)  # fmt: skip
-def test_what_is_below_the_strategy_does_not_know_of_it(lower: str) -> None:
-    above = {"preallocator", "opts", "nova", "cli", "check_nova"}
-
-    assert (
-        not {module.split(".")[1] for module in imported(MODULES[lower]) if module.startswith("imgprealloc.")} & above
-    )
+# One room for each question about a disk.
 
 
-def test_values_and_errors_depend_on_nothing_of_ours() -> None:
-    for name in ("image", "exceptions"):
-        assert not [module for module in imported(MODULES[name]) if module.startswith("imgprealloc")]
+def test_one_module_writes_into_a_disk() -> None:
+    assert users("os.pwrite", "os.write", "os.pwritev", "os.sendfile") == {"zeros"}
+
+
+def test_one_module_removes_disks_and_one_our_own_files() -> None:
+    assert users("os.unlink", "os.remove", "os.rename", "os.replace", "shutil.rmtree") == {"presence", "replacement"}
+
+
+def test_no_module_takes_a_look_that_fails_for_a_disk_that_is_not_there() -> None:
+    # False for EIO, ESTALE and EACCES too.
+    assert users("os.path.exists", "os.path.lexists", "os.path.isfile") == set()
+
+
+def test_one_module_asks_who_uses_a_disk() -> None:
+    # prctl(2) and ioctl(2) are others.
+    assert {name for name in users("fcntl.fcntl") if name != "command"} == {"lock"}
+    assert users("fcntl.lockf", "fcntl.flock") == set()
+
+
+def test_one_module_reads_what_nova_has_noted() -> None:
+    readers = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value == "disk.info"
+    }
+
+    assert readers == {"record"}
+
+
+def test_one_module_asks_for_holes() -> None:
+    assert users("os.lseek") - {"command"} == {"zeros"}
+
+
+def test_values_errors_and_settings_depend_on_nothing_of_ours() -> None:
+    for name in FLOORS[0]:
+        assert ours(MODULES[name]) == set()
 
 
 def test_importing_the_library_starts_nothing_and_needs_no_nova() -> None:

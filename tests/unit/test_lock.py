@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import fixtures
@@ -146,7 +148,7 @@ def test_open_file_elsewhere_is_refused(disk: str, fd: int, mode: str) -> None:
 
 def test_open_file_that_is_soon_closed_is_waited_for(disk: str, fd: int) -> None:
     other = open(disk, "rb")  # noqa: SIM115
-    with fixtures.MockPatchObject(lock.time, "sleep", lambda seconds: other.close()):
+    with fixtures.MockPatchObject(time, "sleep", lambda seconds: other.close()):
         lock.refuse_users(disk, fd)
 
     assert other.closed
@@ -196,7 +198,7 @@ def without_leases(code: int) -> fixtures.Fixture:
             raise OSError(code, os.strerror(code))
         return real(fd, command, *argument)
 
-    return fixtures.MockPatchObject(lock.fcntl, "fcntl", refuse)
+    return fixtures.MockPatchObject(fcntl, "fcntl", refuse)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -219,7 +221,7 @@ def test_loop_device_s_file_is_refused_also_without_leases(
 
     with (
         without_leases(code),
-        fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(tmp_path / "gone"), str(attribute)]),
+        fixtures.MockPatchObject(glob, "glob", lambda pattern: [str(tmp_path / "gone"), str(attribute)]),
         pytest.raises(exceptions.ImageInUse, match="losetup --list"),
     ):
         lock.refuse_users(disk, fd)
@@ -229,7 +231,7 @@ def test_another_file_s_loop_device_is_nothing_to_us(disk: str, fd: int, tmp_pat
     attribute = tmp_path / "backing_file"
     attribute.write_text("/a/file/that/is/gone (deleted)\n")
 
-    with without_leases(errno.EINVAL), fixtures.MockPatchObject(lock.glob, "glob", lambda pattern: [str(attribute)]):
+    with without_leases(errno.EINVAL), fixtures.MockPatchObject(glob, "glob", lambda pattern: [str(attribute)]):
         lock.refuse_users(disk, fd)
 
 
@@ -276,20 +278,20 @@ def refusing(code: int) -> Callable[..., bytes]:
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, fd: int, code: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(code)):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.has_writer(fd) is False
         with lock.no_writer(disk, fd):
             assert lock.try_exclusive(fd) is True
 
 
 def test_any_other_fault_of_a_lock_is_an_error(fd: int) -> None:
-    with fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
+    with fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)), pytest.raises(OSError, match="no locks"):
         lock.has_writer(fd)
 
 
 def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
     with (
-        fixtures.MockPatchObject(lock.fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
         pytest.raises(OSError, match="no locks"),
     ):
         lock.try_exclusive(fd)

@@ -7,18 +7,23 @@ from collections.abc import Callable
 import logging
 import os
 import pathlib
+from typing import Any
 
+import fixtures
 import pytest
 
 import imgprealloc
 from imgprealloc import DiskImage
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import lock
 from imgprealloc import qemu_img
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
 from .host import SIZE
+from .host import Call
 from .host import Host
 
 NFS = Filesystem("nfs", fallocate=False, copy_on_write=False)
@@ -34,13 +39,13 @@ def test_it_holds_space_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "space", "", None, "FALLOC"])
-def test_mode_that_does_not_exist_is_refused_at_once(mode: str) -> None:
+def test_mode_that_does_not_exist_is_refused_at_once(mode: Any) -> None:
     with pytest.raises(ValueError, match="is not one of falloc, full, metadata"):
         Preallocator(mode)
 
 
 @pytest.mark.parametrize("fallback", ["falloc", "warn", "", None])
-def test_fallback_that_does_not_exist_is_refused_at_once(fallback: str) -> None:
+def test_fallback_that_does_not_exist_is_refused_at_once(fallback: Any) -> None:
     with pytest.raises(ValueError, match="is not one of metadata, full, error"):
         Preallocator(on_unsupported=fallback)
 
@@ -272,7 +277,7 @@ def test_disk_in_use_is_not_grown(host: Host, opened: Callable[[str], object], f
 
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-def test_second_call_runs_nothing_that_writes(host: Host, format: str, mode: str) -> None:
+def test_second_call_runs_nothing_that_writes(host: Host, format: str, mode: Mode) -> None:
     path = host.raw() if format == "raw" else host.overlay()
     first = Preallocator(mode).preallocate(path, format=format)
     host.calls.clear()
@@ -499,3 +504,169 @@ def test_odd_names_work(host: Host, folder: str, format: str) -> None:
 
     assert (created.state, resized.state) == ("preallocated", "preallocated")
     assert host.files == ["base,1", "disk,1"]
+
+
+def test_programs_are_given_what_was_opened_and_no_names_that_others_can_move(host: Host) -> None:
+    in_format.raw().preallocate(host.raw(SIZE, name="copied", held=SIZE, shared=4096))
+    in_format.raw("full").preallocate(host.raw(name="written"))
+    in_format.qcow2().preallocate(host.overlay(name="new"))
+    in_format.qcow2().resize(host.path("new"), 2 * SIZE)
+    in_format.qcow2().preallocate(host.overlay(name="kept", mapped=0.5), existing="rewrite")
+
+    opened = f"/proc/{os.getpid()}/fd/"
+    own = [host.path(name) for name in ("copied", "written", "new", "kept")]
+    for call in host.calls:
+        # Our own processes get the disk's name as well, for the text of an error.
+        words = call.argv[4:] if call.name == "zeros" else call.argv
+        if call.name != "--version" and call.name != "measure":
+            assert any(opened in word for word in words), call.argv
+        assert not [word for word in words for name in own if name in word], call.argv
+
+
+# A program that says that it has done it.
+
+
+def doing_nothing(host: Host, name: str) -> None:
+    host.answers[name] = lambda call: ""
+
+
+@pytest.mark.parametrize(
+    ("ask", "wanted"),
+    [
+        (lambda host: in_format.raw().create(host.path("new"), SIZE), f"a virtual_size of {SIZE}, .* and made 0"),
+        (lambda host: in_format.qcow2().create(host.path("new"), SIZE), "a disk in the format qcow2, .* and made none"),
+        (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2, .* and made none"),
+    ],
+)
+def test_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Host], object], wanted: str) -> None:
+    doing_nothing(host, "create")
+    doing_nothing(host, "resize")
+
+    with pytest.raises(exceptions.BrokenImage, match=wanted):
+        ask(host)
+
+    assert not [name for name in host.files if name == "new" or "imgprealloc" in name]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"virtual_size": SIZE // 2}, "virtual_size"),
+        ({"backing_file": None}, "backing_file"),
+        ({"backing_format": "qcow2"}, "backing_format"),
+        ({"cluster_size": 65536}, "cluster_size"),
+    ],
+)
+@pytest.mark.parametrize("program", ["create", "convert"])
+def test_disk_that_is_not_what_was_asked_for_does_not_become_the_disk(
+    host: Host, program: str, change: dict[str, object], field: str
+) -> None:
+    path = host.overlay(mapped=0.5 if program == "convert" else None, base=SIZE)
+    before = (os.stat(path).st_ino, host.content(path))
+    make = host.answers[program]
+
+    def another(call: Call) -> str:
+        said = make(call)
+        for name, value in change.items():
+            setattr(host.disk(call.argv[-1] if program == "convert" else call.argv[-2]), name, value)
+        return said
+
+    host.answers[program] = another
+
+    with pytest.raises(exceptions.BrokenImage, match=f"was asked for a {field} of .*, said that it was done"):
+        in_format.qcow2().preallocate(path, existing="rewrite")
+
+    assert (os.stat(path).st_ino, host.content(path)) == before
+    assert host.files == ["base", "disk"]
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_resize_that_did_nothing_is_an_error(host: Host, format: str) -> None:
+    path = host.raw(held=SIZE) if format == "raw" else host.qcow2(mapped=1.0)
+    doing_nothing(host, "resize")
+
+    with pytest.raises(exceptions.BrokenImage, match=f"{2 * SIZE} bytes, and it has {SIZE}"):
+        Preallocator().resize(path, 2 * SIZE, format=format)
+
+
+# What a crash has left beside a disk.
+
+
+def leave(host: Host, name: str = "disk") -> str:
+    path = host.path(f".{name}.imgprealloc")
+    with open(path, "wb") as file:
+        os.fchmod(file.fileno(), 0o1600)
+    return path
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(lambda host: in_format.raw().preallocate(host.raw()), id="preallocate"),
+        pytest.param(lambda host: in_format.raw().preallocate(host.raw(held=SIZE)), id="nothing to do"),
+        pytest.param(lambda host: in_format.raw("metadata").preallocate(host.raw()), id="metadata"),
+        pytest.param(lambda host: in_format.qcow2().preallocate(host.qcow2(mapped=1.0), "reserve"), id="reserve"),
+        pytest.param(lambda host: Preallocator().preallocate(host.raw()), id="under a guess"),
+        pytest.param(lambda host: in_format.qcow2().preallocate(host.qcow2(), "just_made"), id="just made"),
+        pytest.param(lambda host: in_format.raw().resize(host.raw(held=SIZE), 2 * SIZE), id="resize"),
+        pytest.param(lambda host: in_format.raw().create(host.path(), SIZE), id="create"),
+    ],
+)
+def test_every_verb_that_writes_removes_what_a_crash_has_left(host: Host, work: Callable[[Host], object]) -> None:
+    leave(host)
+
+    work(host)
+
+    assert host.files == ["disk"]
+
+
+def test_look_removes_nothing(host: Host) -> None:
+    left = leave(host)
+
+    in_format.raw().inspect(host.raw())
+
+    assert os.path.exists(left)
+
+
+# Two at one disk.
+
+
+@pytest.mark.parametrize("verb", ["preallocate", "resize"])
+def test_disk_that_another_call_works_on_is_refused(host: Host, verb: str) -> None:
+    path = host.raw()
+    refused: list[exceptions.ImageInUse] = []
+
+    def second() -> None:
+        with pytest.raises(exceptions.ImageInUse, match="another imgprealloc") as caught:
+            getattr(in_format.raw(), verb)(path, *([2 * SIZE] if verb == "resize" else []))
+        refused.append(caught.value)
+
+    host.then["fallocate"] = second
+
+    assert in_format.raw().preallocate(path).state == "preallocated"
+    assert len(refused) == 1
+
+
+def test_disk_that_comes_into_being_while_one_is_made_is_not_overwritten(host: Host) -> None:
+    host.then["create"] = lambda: host.raw(512)
+
+    with pytest.raises(exceptions.DiskExists, match="meanwhile"):
+        in_format.qcow2().create(host.path(), SIZE)
+
+    assert os.path.getsize(host.path()) == 512
+    assert host.files == ["disk"]
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_that_is_open_without_a_lock_is_not_grown(host: Host, format: str) -> None:
+    # A guest that is being restored.
+    path = host.raw() if format == "raw" else host.qcow2(mapped=1.0)
+
+    with (
+        fixtures.MockPatchObject(lock, "_PAUSE", 0),
+        open(path, "rb"),
+        pytest.raises(exceptions.ImageInUse, match="has the file open"),
+    ):
+        Preallocator().resize(path, 2 * SIZE, format=format)
+
+    assert host.changes == []

@@ -14,6 +14,7 @@ from oslo_utils import units
 import pytest
 
 from imgprealloc import Existing
+from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
@@ -58,7 +59,7 @@ OVERLAY_OPTIONS = {"cluster_size": str(CLUSTER), "extended_l2": "on"}
     ],
 )
 def test_what_a_disk_without_a_backing_file_gets_either_way(
-    host: Host, mode: str, disk: dict[str, Any], changes: list[str], state: str, existing: Existing
+    host: Host, mode: Mode, disk: dict[str, Any], changes: list[str], state: str, existing: Existing
 ) -> None:
     image = in_format.qcow2(mode).preallocate(host.qcow2(SIZE, **disk), existing)
 
@@ -75,7 +76,7 @@ def test_what_a_disk_without_a_backing_file_gets_either_way(
     ],
 )
 def test_what_an_overlay_without_anything_in_it_gets(
-    host: Host, mode: str, changes: list[str], state: str, existing: Existing
+    host: Host, mode: Mode, changes: list[str], state: str, existing: Existing
 ) -> None:
     image = in_format.qcow2(mode).preallocate(host.overlay(), existing)
 
@@ -96,7 +97,7 @@ def test_what_an_overlay_without_anything_in_it_gets(
 )
 @pytest.mark.parametrize("make", [Host.qcow2, Host.overlay])
 def test_what_a_disk_with_data_gets(
-    host: Host, make: Callable[..., str], mode: str, existing: Existing, changes: list[str], state: str
+    host: Host, make: Callable[..., str], mode: Mode, existing: Existing, changes: list[str], state: str
 ) -> None:
     image = in_format.qcow2(mode).preallocate(make(host, SIZE, mapped=0.5), existing)
 
@@ -209,7 +210,7 @@ def test_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host, ma
 
 @pytest.mark.parametrize("mapped", [None, 0.5])
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_new_overlay_is_made_in_the_mode(host: Host, mode: str, mapped: float | None) -> None:
+def test_new_overlay_is_made_in_the_mode(host: Host, mode: Mode, mapped: float | None) -> None:
     in_format.qcow2(mode).preallocate(host.overlay(mapped=mapped), existing="rewrite")
 
     [call] = host.run("create", "convert")
@@ -339,7 +340,7 @@ def test_backing_file_s_format_is_not_guessed(host: Host) -> None:
 
 
 def test_backing_file_that_is_not_there_is_named_and_nothing_is_made(host: Host) -> None:
-    with pytest.raises(exceptions.BrokenImage, match=host.path("none")):
+    with pytest.raises(exceptions.BackingFileUnusable, match=host.path("none")):
         in_format.qcow2().create(host.path(), SIZE, host.path("none"), backing_format="raw")
 
     assert host.files == []
@@ -415,7 +416,7 @@ def test_what_a_copy_would_lose_keeps_a_disk_from_being_replaced(
 
 
 @pytest.mark.parametrize("more", [{"snapshots": 1}, {"bitmaps": 1}])
-def test_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, int]) -> None:
+def test_disk_without_clusters_but_with_more_to_it_is_not_made_anew(host: Host, more: dict[str, Any]) -> None:
     path = host.qcow2(SIZE, **more)
 
     assert in_format.qcow2().preallocate(path).state == "reserved"
@@ -482,7 +483,7 @@ def with_its_end(host: Host, beyond: int, **disk: Any) -> str:
 @pytest.mark.parametrize("mapped", [None, 0.5, 1.0])
 @pytest.mark.parametrize("verb", ["preallocate", "resize"])
 def test_disk_that_cannot_be_understood_is_left_alone(
-    host: Host, more: dict[str, bool], error: type[Exception], mapped: float | None, verb: str
+    host: Host, more: dict[str, Any], error: type[Exception], mapped: float | None, verb: str
 ) -> None:
     path = host.qcow2(SIZE, mapped=mapped, **more)
 
@@ -589,7 +590,7 @@ def test_no_zeros_are_written_to_a_mapped_disk_in_use(host: Host, opened: Callab
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_disk_without_a_backing_file_grows_plainly(host: Host, mode: str) -> None:
+def test_disk_without_a_backing_file_grows_plainly(host: Host, mode: Mode) -> None:
     image = in_format.qcow2(mode).resize(host.qcow2(mapped=1.0), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -603,7 +604,7 @@ def subclustered(host: Host, size: int, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_overlay_grows_under_zeros(host: Host, mode: str) -> None:
+def test_overlay_grows_under_zeros(host: Host, mode: Mode) -> None:
     image = in_format.qcow2(mode).resize(subclustered(host, SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -781,7 +782,7 @@ def test_preallocated_disk_that_is_less_when_it_has_grown_is_an_error(host: Host
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_runs(
-    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: str
+    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: Mode
 ) -> None:
     host.available = needed - 1
 
@@ -896,3 +897,88 @@ def test_no_room_for_a_small_hole_is_no_space_too(host: Host) -> None:
 
     assert (caught.value.path, caught.value.stderr) == (host.path(), os.strerror(errno.ENOSPC))
     assert host.files == []
+
+
+# Damaged, and so not empty.
+
+
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_disk_whose_clusters_nothing_points_to_is_not_an_empty_one(
+    host: Host, logged: Callable[[int], list[str]], existing: Existing
+) -> None:
+    # One wrong bit in the L1 table's offset: all data could be had back by mending it.
+    path = host.qcow2(leaks=100)
+    host.ends("check", 3)
+    before = host.content(path)
+
+    image = in_format.qcow2().preallocate(path, existing)
+
+    assert (host.changes, image.state) == (["fallocate"], "reserved")
+    assert host.content(path) == before
+    if existing == "rewrite":
+        [warning] = logged(logging.WARNING)
+        assert "100 clusters of it are in use by nothing" in warning
+
+
+@pytest.mark.parametrize("existing", ["reserve", "recreate_blank", "rewrite"])
+@pytest.mark.parametrize("damage", [{"errors": 1}, {"corruptions": 1}])
+def test_disk_that_does_not_pass_its_check_is_reported_and_not_made_anew(
+    host: Host, existing: Existing, damage: dict[str, Any]
+) -> None:
+    path = host.qcow2(**damage)
+    before = host.content(path)
+
+    with pytest.raises(exceptions.BrokenImage, match="finds 1 errors"):
+        in_format.qcow2().preallocate(path, existing)
+
+    assert host.changes == []
+    assert host.content(path) == before
+
+
+def test_only_a_disk_that_was_just_made_is_taken_for_empty_by_its_header(host: Host) -> None:
+    assert in_format.qcow2().preallocate(host.overlay(), "just_made").state == "preallocated"
+
+    # Those of the new one, before it gets its place.
+    assert all(call.shown[-1].find(".disk.imgprealloc") > 0 or call.name == "check" for call in host.run("info"))
+    assert host.changes[0] == "create"
+
+
+def test_disk_that_was_just_made_and_has_data_is_rewritten(host: Host) -> None:
+    assert in_format.qcow2().preallocate(host.overlay(mapped=0.5), "just_made").state == "preallocated"
+    assert host.changes[0] == "convert"
+
+
+@pytest.mark.parametrize("name", ["nbd://host/export", "json:{}", "fat:/etc"])
+def test_backing_file_that_is_named_by_a_protocol_is_not_opened(host: Host, name: str) -> None:
+    with pytest.raises(exceptions.UnsupportedFormat, match="named by a protocol"):
+        in_format.qcow2().create(host.path(), SIZE, name, backing_format="raw")
+
+    assert host.run("info", "create") == []
+
+
+@pytest.mark.parametrize("mapped", [None, 0.5])
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
+def test_disk_over_a_pipe_is_not_waited_for(host: Host, mapped: float | None, existing: Existing) -> None:
+    os.mkfifo(host.path("pipe"))
+    path = host.qcow2(SIZE, mapped=mapped, backing_file="pipe", backing_format="raw")
+    before = host.content(path)
+
+    if mapped is None or existing == "rewrite":
+        with pytest.raises(exceptions.BackingFileUnusable, match="neither a file nor a block device"):
+            in_format.qcow2().preallocate(path, existing)
+    else:
+        in_format.qcow2().preallocate(path, existing)
+
+    assert not host.run("create", "convert", "resize")
+    assert host.content(path) == before
+    assert host.files == ["disk", "pipe"]
+
+
+def test_overlay_over_a_relative_base_is_grown_and_keeps_that_name(host: Host) -> None:
+    # In its folder, which its name in /proc does not tell.
+    host.base(SIZE // 2)
+    path = host.overlay(mapped=1.0, extended_l2=True, cluster_size=CLUSTER, backing_file="base")
+
+    image = in_format.qcow2().resize(path, SIZE + 512)
+
+    assert (image.virtual_size, image.backing_file) == (SIZE + 512, "base")

@@ -3,11 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import os
+from typing import Any
 
 from oslo_utils import units
 import pytest
 
 from imgprealloc import Existing
+from imgprealloc import Mode
+from imgprealloc import OnUnsupported
 from imgprealloc import exceptions
 from imgprealloc.filesystem import Filesystem
 
@@ -39,7 +42,7 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
 )
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 def test_what_a_raw_disk_gets(
-    host: Host, mode: str, space: dict[str, int], changes: list[str], existing: Existing
+    host: Host, mode: Mode, space: dict[str, Any], changes: list[str], existing: Existing
 ) -> None:
     image = in_format.raw(mode).preallocate(host.raw(SIZE, **space), existing)
 
@@ -128,7 +131,7 @@ def test_on_btrfs_a_new_disk_gets_nocow(host: Host) -> None:
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 @pytest.mark.parametrize("fallback", ["metadata", "full"])
-def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str, existing: Existing) -> None:
+def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: OnUnsupported, existing: Existing) -> None:
     host.filesystem = ZFS
 
     image = in_format.raw(on_unsupported=fallback).preallocate(host.raw(SIZE), existing)
@@ -143,7 +146,7 @@ def test_on_zfs_there_is_nothing_to_be_done_for_a_disk(host: Host, fallback: str
     ("mode", "preallocation", "state"),
     [("falloc", "falloc", "preallocated"), ("full", "full", "preallocated"), ("metadata", "off", "thin")],
 )
-def test_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: str, preallocation: str, state: str) -> None:
+def test_new_raw_disk_is_made_beside_and_put_in_place(host: Host, mode: Mode, preallocation: str, state: str) -> None:
     image = in_format.raw(mode).create(host.path(), SIZE)
 
     assert (image.state, image.virtual_size) == (state, SIZE)
@@ -164,7 +167,7 @@ def test_raw_disk_has_no_backing_file(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("mode", "preallocation"), [("falloc", "falloc"), ("full", "full"), ("metadata", "off")])
-def test_raw_disk_grows_in_its_mode(host: Host, mode: str, preallocation: str) -> None:
+def test_raw_disk_grows_in_its_mode(host: Host, mode: Mode, preallocation: str) -> None:
     image = in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), 2 * SIZE)
 
     [call] = host.run("resize")
@@ -194,7 +197,7 @@ def test_thin_raw_disk_may_stay_thin_when_it_grows(host: Host) -> None:
     ],
 )
 def test_what_cannot_fit_is_refused_before_anything_runs(
-    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: str
+    host: Host, work: Callable[[InFormat, Host], object], needed: int, mode: Mode
 ) -> None:
     host.available = needed - 1
 
@@ -206,7 +209,7 @@ def test_what_cannot_fit_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_what_just_fits_is_made(host: Host, mode: str) -> None:
+def test_what_just_fits_is_made(host: Host, mode: Mode) -> None:
     host.available = SIZE
 
     in_format.raw(mode).create(host.path(), SIZE)
@@ -215,7 +218,7 @@ def test_what_just_fits_is_made(host: Host, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
-def test_what_just_fits_is_grown(host: Host, mode: str) -> None:
+def test_what_just_fits_is_grown(host: Host, mode: Mode) -> None:
     host.available = 65536
 
     in_format.raw(mode).resize(host.raw(SIZE, held=SIZE), SIZE + 65536)

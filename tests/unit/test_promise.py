@@ -5,7 +5,7 @@ from collections.abc import Callable
 import errno
 import logging
 import os
-from typing import get_args
+from typing import Any, get_args
 
 from oslo_concurrency import processutils
 import pytest
@@ -13,9 +13,10 @@ import pytest
 from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import promise
-from imgprealloc import settings
 from imgprealloc.filesystem import Filesystem
 from imgprealloc.promise import Promise
+from imgprealloc.settings import Mode
+from imgprealloc.settings import OnUnsupported
 
 from .host import Host
 
@@ -25,7 +26,7 @@ BTRFS = Filesystem("btrfs", fallocate=True, copy_on_write=True)
 ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
 
 
-def made(path: str, mode: settings.Mode, on_unsupported: settings.OnUnsupported) -> Promise:
+def made(path: str, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
     with disk_file.place(path) as place:
         return promise.made(place, mode, on_unsupported)
 
@@ -35,19 +36,17 @@ def require_space(path: str, needed: int) -> None:
         promise.require_space(place, needed)
 
 
-@pytest.mark.parametrize("on_unsupported", get_args(settings.OnUnsupported))
-@pytest.mark.parametrize("mode", get_args(settings.Mode))
+@pytest.mark.parametrize("on_unsupported", get_args(OnUnsupported))
+@pytest.mark.parametrize("mode", get_args(Mode))
 def test_filesystem_that_holds_space_is_asked_for_the_mode_itself(
-    host: Host, mode: settings.Mode, on_unsupported: settings.OnUnsupported
+    host: Host, mode: Mode, on_unsupported: OnUnsupported
 ) -> None:
     assert made(host.path(), mode, on_unsupported) == Promise(mode, EXT4)
 
 
-@pytest.mark.parametrize("on_unsupported", get_args(settings.OnUnsupported))
+@pytest.mark.parametrize("on_unsupported", get_args(OnUnsupported))
 @pytest.mark.parametrize("mode", ["full", "metadata"])
-def test_modes_that_need_no_fallocate_have_no_fallback(
-    host: Host, mode: settings.Mode, on_unsupported: settings.OnUnsupported
-) -> None:
+def test_modes_that_need_no_fallocate_have_no_fallback(host: Host, mode: Mode, on_unsupported: OnUnsupported) -> None:
     host.filesystem = NFS
 
     assert made(host.path(), mode, on_unsupported) == Promise(mode, NFS)
@@ -55,9 +54,7 @@ def test_modes_that_need_no_fallocate_have_no_fallback(
 
 @pytest.mark.parametrize("fallback", ["metadata", "full"])
 @pytest.mark.parametrize("under", [NFS, ZFS])
-def test_falloc_falls_back_where_the_filesystem_cannot_hold_space(
-    host: Host, under: Filesystem, fallback: settings.OnUnsupported
-) -> None:
+def test_falloc_falls_back_where_the_filesystem_cannot_hold_space(host: Host, under: Filesystem, fallback: Any) -> None:
     host.filesystem = under
 
     assert made(host.path(), "falloc", fallback) == Promise(fallback, under)
@@ -116,9 +113,7 @@ def test_another_folder_gets_a_warning_of_its_own(host: Host, logged: Callable[[
         ("full", ZFS, False),
     ],
 )
-def test_space_is_promised_only_where_the_filesystem_can_hold_it(
-    mode: settings.Mode, under: Filesystem, holds: bool
-) -> None:
+def test_space_is_promised_only_where_the_filesystem_can_hold_it(mode: Mode, under: Filesystem, holds: bool) -> None:
     assert Promise(mode, under).holds_space is holds
     assert ("mapped" in Promise(mode, under).states) is not holds
 

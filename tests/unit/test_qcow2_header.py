@@ -116,7 +116,7 @@ def test_one_l2_table_is_enough_to_hold_something(path: str, entry: int) -> None
         pytest.param({"magic": b"QFI\xfa"}, id="another magic"),
     ],
 )
-def test_image_with_more_to_it_is_not_blank(path: str, more: dict[str, int]) -> None:
+def test_image_with_more_to_it_is_not_blank(path: str, more: dict[str, Any]) -> None:
     qcow2_file.write(path, **more)
 
     assert qcow2_header.blank(path) is None
@@ -255,7 +255,7 @@ def test_header_is_read_by_name_or_through_what_is_open(path: str, read: Callabl
 )  # fmt: skip
 @pytest.mark.parametrize("version", [2, 3])
 def test_backing_file_is_told_as_the_header_has_it(
-    path: str, version: int, more: dict[str, str], named: tuple[str | None, str | None]
+    path: str, version: int, more: dict[str, Any], named: tuple[str | None, str | None]
 ) -> None:
     qcow2_file.write(path, version=version, **more)
 

@@ -118,7 +118,7 @@ def test_new_file_is_on_stable_storage_before_it_gets_its_name(programs: Program
 def test_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
     synced: list[tuple[bool, list[str]]] = []
     with fixtures.MockPatchObject(
-        replacement.os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
+        os, "fsync", lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), names(disk)))
     ):
         replace(disk)
 
@@ -240,7 +240,7 @@ def test_what_another_imgprealloc_has_just_taken_away_is_not_missed(disk: pathli
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late):
+    with fixtures.MockPatchObject(os, "open", late):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -297,7 +297,7 @@ def test_somebody_s_file_that_has_come_in_the_place_of_a_crash_s_remains_is_not_
             remains.write_bytes(b"precious")
         return real(path, flags, *mode, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "open", late), pytest.raises(exceptions.FileInTheWay):
+    with fixtures.MockPatchObject(os, "open", late), pytest.raises(exceptions.FileInTheWay):
         replace(disk)
 
     assert remains.read_bytes() == b"precious"
@@ -435,8 +435,8 @@ def test_new_disk_has_the_owner_of_the_old_one(
         return os.stat_result((*status[:4], *owner, *status[6:]), {"st_mtime_ns": 0, "st_ctime_ns": 0})
 
     with (
-        fixtures.MockPatchObject(replacement.os, "fstat", owned),
-        fixtures.MockPatchObject(replacement.os, "fchown", lambda fd, *ids: seen.append(ids)),
+        fixtures.MockPatchObject(os, "fstat", owned),
+        fixtures.MockPatchObject(os, "fchown", lambda fd, *ids: seen.append(ids)),
     ):
         replace(disk)
 
@@ -467,7 +467,7 @@ def test_mark_stays_until_the_rename_when_a_disk_is_replaced(disk: pathlib.Path,
         seen.append(stat.S_IMODE((disk.parent / TEMPORARY).stat().st_mode))
         real(*arguments, **how)
 
-    with fixtures.MockPatchObject(replacement.os, "replace", watched):
+    with fixtures.MockPatchObject(os, "replace", watched):
         replace(disk)
 
     assert seen == [mode | stat.S_ISVTX]
@@ -569,7 +569,7 @@ def test_without_an_exclusive_rename_too_nothing_is_overwritten(disk: pathlib.Pa
 def test_name_that_was_taken_for_nothing_is_given_back(disk: pathlib.Path) -> None:
     with (
         no_renameat2(errno.EINVAL),
-        fixtures.MockPatchObject(replacement.os, "replace", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "replace", raises(errno.EIO)),
         pytest.raises(OSError, match="Input/output error"),
     ):
         replace(disk)
@@ -595,7 +595,7 @@ def raises(code: int) -> Callable[..., Any]:
 def test_filesystem_without_extended_attributes_has_none_to_keep(disk: pathlib.Path, code: int) -> None:
     disk.write_bytes(b"old")
 
-    with fixtures.MockPatchObject(replacement.os, "listxattr", raises(code)):
+    with fixtures.MockPatchObject(os, "listxattr", raises(code)):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -605,7 +605,7 @@ def test_attributes_that_cannot_be_read_are_an_error_that_names_the_file(disk: p
     disk.write_bytes(b"old")
 
     with (
-        fixtures.MockPatchObject(replacement.os, "listxattr", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "listxattr", raises(errno.EIO)),
         pytest.raises(exceptions.FileError) as caught,
         os_errors.translated(str(disk)),
     ):
@@ -622,7 +622,7 @@ def test_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool
     if existed:
         disk.write_bytes(b"old")
 
-    with fixtures.MockPatchObject(replacement.os, "fsync", raises(code)):
+    with fixtures.MockPatchObject(os, "fsync", raises(code)):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -630,7 +630,7 @@ def test_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool
 
 def test_folder_that_cannot_be_synced_is_told_by_its_name(disk: pathlib.Path) -> None:
     with (
-        fixtures.MockPatchObject(replacement.os, "fsync", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "fsync", raises(errno.EIO)),
         pytest.raises(exceptions.FileError, match="the new disk has its name, but may lose it") as caught,
         os_errors.translated(str(disk)),
     ):
