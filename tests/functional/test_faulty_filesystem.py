@@ -12,8 +12,10 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import loop_filesystem
 import pytest
@@ -51,21 +53,13 @@ def disks(ground: pathlib.Path) -> disks_module.Disks:
     return disks_module.Disks(ground / "made")
 
 
-@pytest.fixture(scope="module")
-def mount(ground: pathlib.Path) -> Iterator[FaultyFilesystem]:
-    """Give the faulty filesystem, which this module has for all its tests."""
-    (ground / "below").mkdir()
-    with faulty_filesystem.mounted(ground / "below") as mounted:
-        yield mounted
-
-
 @pytest.fixture
-def faulty(mount: FaultyFilesystem) -> FaultyFilesystem:
-    """Give the faulty filesystem, empty."""
-    mount.report()
-    for left in mount.below.iterdir():
-        left.unlink(missing_ok=True)
-    return mount
+def faulty(ground: pathlib.Path) -> Iterator[FaultyFilesystem]:
+    """Give the faulty filesystem, empty; a new one, because neither FUSE nor the kernel forgets faults at once."""
+    below = pathlib.Path(tempfile.mkdtemp(dir=ground))
+    with faulty_filesystem.mounted(below) as mounted:
+        yield mounted
+    shutil.rmtree(below)
 
 
 @pytest.fixture(params=VERBS)
