@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one question that qemu-img does not answer: does a qcow2 file hold anything at all?
+"""What a qcow2 header says, where qemu-img is not asked, or cannot answer.
 
-That no cluster is allocated (qemu-img check) is not enough: a cluster that the
-guest has zeroed hides the backing file without being allocated. But every
-cluster, zeroed ones too, has its entry in an L2 table, so that a file without
-L2 tables reads like its backing file, everywhere. Layout: QEMU's
-docs/interop/qcow2.txt.
+It is asked too late where a header names what must not be opened, and it cannot
+tell whether a file holds anything at all. That no cluster is allocated (qemu-img
+check) is not enough: a cluster that the guest has zeroed hides the backing file
+without being allocated. But every cluster, zeroed ones too, has its entry in an
+L2 table, so that a file without L2 tables reads like its backing file,
+everywhere. Layout: QEMU's docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _CHECK_ANSWERS = (0, 2, 3)
 def version() -> tuple[int, ...]:
     """Return qemu-img's version, as numbers.
 
-    :raises: QemuImgMissing, QemuImgTooOld if it prints none
+    :raises: ProgramMissing, QemuImgTooOld if it prints none
     """
     said = command.run("qemu-img", "qemu-img", "--version")
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)

@@ -263,6 +263,13 @@ def test_flood_is_cut_off_and_takes_no_memory(status: int) -> None:
         tracemalloc.stop()
 
 
+def test_what_goes_beyond_the_limit_is_refused_and_held_nowhere() -> None:
+    with pytest.raises(exceptions.CommandFailed) as caught:
+        command.run(DISK, "sh", "-c", "head -c 2M /dev/zero 2>/dev/null || exit 5")
+
+    assert caught.value.exit_code == 5
+
+
 def test_of_a_long_complaint_the_end_is_told() -> None:
     with pytest.raises(exceptions.CommandFailed) as caught:
         command.run(DISK, "sh", "-c", "seq 100000 >&2; echo 'No space left' >&2; exit 1")

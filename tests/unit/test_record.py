@@ -232,6 +232,7 @@ BAD = [
     pytest.param(written(b"[" * 100_000 + b"]" * 100_000), id="100,000 nested lists"),
     pytest.param(written(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), id="100,000 nested objects"),
     pytest.param(too_large, id="over 1 MiB"),
+    pytest.param(written(b'{"/a/disk": "qcow2"}' + b" " * units.Mi), id="blanks over 1 MiB"),
     pytest.param(written(b'["/a/disk", "raw"]'), id="a list"),
     pytest.param(written(b"7"), id="a number"),
     pytest.param(written(b"9" * 100_000), id="a long number"),

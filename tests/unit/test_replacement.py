@@ -273,7 +273,8 @@ def is_in_the_way(disk: pathlib.Path, kind: str) -> None:
         path.write_text("precious")
         path.chmod(0o777)
     elif kind == "pipe":
-        os.mkfifo(path, 0o600)
+        os.mkfifo(path)
+        path.chmod(0o1600)
     elif kind == "folder":
         # With the sticky bit, as many have it.
         path.mkdir()
