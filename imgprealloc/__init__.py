@@ -14,6 +14,7 @@ from imgprealloc.exceptions import FileInTheWay
 from imgprealloc.exceptions import FormatMismatch
 from imgprealloc.exceptions import FormatNotCertain
 from imgprealloc.exceptions import ImageInUse
+from imgprealloc.exceptions import IncompatibleNova
 from imgprealloc.exceptions import InvalidSize
 from imgprealloc.exceptions import NoSpace
 from imgprealloc.exceptions import NotPreallocated
@@ -46,6 +47,7 @@ __all__ = (
     "FormatMismatch",
     "FormatNotCertain",
     "ImageInUse",
+    "IncompatibleNova",
     "InvalidSize",
     "Mode",
     "NoSpace",

@@ -31,7 +31,7 @@ def virtual_size(place: Place, backing_file: str, backing_format: str) -> int:
         ProgramKilled
     """
     path = place.beside(backing_file)
-    _look_at_chain(place, path, backing_format)
+    look_at_chain(place, path, backing_format)
     status = os.stat(path)
     if backing_format == "raw" and stat.S_ISREG(status.st_mode):
         # Its length, in whole sectors; no need to ask qemu-img.
@@ -39,7 +39,13 @@ def virtual_size(place: Place, backing_file: str, backing_format: str) -> int:
     return reading.virtual_size(place.path, path, backing_format)
 
 
-def _look_at_chain(place: Place, path: str, format: str | None) -> None:
+def look_at_chain(place: Place, path: str, format: str | None) -> None:
+    """Refuse a chain of backing files that QEMU could wait for, or would not come to the end of.
+
+    :param path: the first of them
+    :param format: its format; None where its first bytes tell it, as QEMU does
+    :raises: BackingFileUnusable
+    """
     seen: set[tuple[int, int]] = set()
     while True:
         try:

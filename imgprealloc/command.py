@@ -64,6 +64,7 @@ def run(
     limits: processutils.ProcessLimits | None = None,
     exit_codes: Sequence[int] = (0,),
     work: int = 0,
+    stdin: int | None = None,
     meanwhile: Callable[[], object] | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
@@ -77,6 +78,7 @@ def run(
     :param limits: oslo.concurrency's ProcessLimits to run under
     :param exit_codes: the exit statuses that are no failure
     :param work: bytes that it may have to write, which take their time
+    :param stdin: an open file that the program gets as its standard input
     :param meanwhile: called once the program has been started, without a
         thread, which eventlet may never wake again
     :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
@@ -95,7 +97,7 @@ def run(
             # Not before the program has ended.
             raised.append(exc)
 
-    with _Printed() as printed:
+    with _Printed(stdin) as printed:
         try:
             # coreutils' timeout, because oslo.concurrency's own came late and leaves the program running.
             piped, _ = processutils.execute(
@@ -110,7 +112,7 @@ def run(
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
                 raise
-            raise _missing(path, "timeout", exc.strerror or str(exc)) from exc
+            raise _missing(path, str(exc.filename or "timeout"), exc.strerror or str(exc)) from exc
         except processutils.ProcessExecutionError as exc:
             if raised:
                 raise raised[0] from None
@@ -127,6 +129,9 @@ def run(
 
 class _Printed:
     """What a program prints, as far as it is kept: files in memory that cannot grow."""
+
+    def __init__(self, stdin: int | None = None) -> None:
+        self.stdin = stdin
 
     def __enter__(self) -> _Printed:
         self._files = [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in ("stdout", "stderr")]
@@ -145,6 +150,8 @@ class _Printed:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         for fd, standard in zip(self._files, (1, 2)):
             os.dup2(fd, standard)
+        if self.stdin is not None:
+            os.dup2(self.stdin, 0)
 
     @property
     def stdout(self) -> str:
@@ -194,7 +201,8 @@ def _failure(
         # Programs say what is wrong at the end.
         said = f"... {said[-_MOST_TOLD:]}"
     status = int(exc.exit_code or 0)
-    name = " ".join(argv[:2])
+    # A part of ours is called by its name.
+    name = argv[argv.index("-m") + 1] if "-m" in argv else " ".join(argv[:2])
     # Under limits the program is started by oslo.concurrency's wrapper, which
     # ends with 1 where timeout is missing, as the program itself might.
     for program in ("timeout", argv[0]):

@@ -70,7 +70,7 @@ class DiskFile(Place):
     @property
     def program_name(self) -> str:
         """The name by which a program opens the very same file."""
-        return name_of(self.fd)
+        return name_for_programs(self.fd)
 
     def stamp(self) -> FileStamp:
         """Return what tells this file's content from another's."""
@@ -81,16 +81,23 @@ class DiskFile(Place):
 
         :raises: ImageInUse
         """
-        there = self.stat()
-        if self.stamp() != stamp or there is None or not os.path.samestat(there, os.fstat(self.fd)):
+        self.refuse_replaced()
+        if self.stamp() != stamp:
             raise exceptions.ImageInUse(
-                self.path,
-                "it was written to, or replaced, while it was looked at",
-                "Stop the instance, try again.",
+                self.path, "it was written to while it was looked at", "Stop the instance, try again."
             )
 
+    def refuse_replaced(self) -> None:
+        """Refuse a disk whose name another file has by now.
 
-def name_of(fd: int) -> str:
+        :raises: ImageInUse
+        """
+        there = self.stat()
+        if there is None or not os.path.samestat(there, os.fstat(self.fd)):
+            raise exceptions.ImageInUse(self.path, "it was replaced while it was looked at", "Try again.")
+
+
+def name_for_programs(fd: int) -> str:
     """Return the name by which a program that we start opens what we have open."""
     return f"/proc/{os.getpid()}/fd/{fd}"
 
@@ -115,8 +122,8 @@ def opened(path: str) -> Iterator[DiskFile]:
     :raises: DiskNotFound, OSError
     """
     _require_regular(path)
-    with _folder(os.path.dirname(os.path.realpath(path))) as (folder, folder_fd):
-        name = os.path.basename(os.path.realpath(path))
+    directory, name = os.path.split(os.path.realpath(path))
+    with _folder(directory) as (folder, folder_fd):
         fd = _open(path, name, folder_fd, os.O_RDONLY)
         try:
             yield DiskFile(path, folder, folder_fd, name, fd)
@@ -134,8 +141,8 @@ def claimed(path: str) -> Iterator[DiskFile]:
     :raises: DiskNotFound, ImageInUse, OSError
     """
     _require_regular(path)
-    with _folder(os.path.dirname(os.path.realpath(path))) as (folder, folder_fd):
-        name = os.path.basename(os.path.realpath(path))
+    directory, name = os.path.split(os.path.realpath(path))
+    with _folder(directory) as (folder, folder_fd):
         try:
             fd = _open(path, name, folder_fd, os.O_RDWR)
         except OSError as exc:
@@ -151,7 +158,7 @@ def claimed(path: str) -> Iterator[DiskFile]:
         try:
             file = DiskFile(path, folder, folder_fd, name, fd)
             # Another may have put a new file there between our open and our lock.
-            file.refuse_changed(file.stamp())
+            file.refuse_replaced()
             yield file
         finally:
             os.close(fd)
@@ -160,7 +167,8 @@ def claimed(path: str) -> Iterator[DiskFile]:
 @contextlib.contextmanager
 def _folder(directory: str) -> Iterator[tuple[str, int]]:
     folder = os.path.realpath(directory)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # For names in it alone, for which it need not be readable.
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder, fd
     finally:

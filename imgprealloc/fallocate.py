@@ -108,7 +108,17 @@ def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
     stretches = [f"{extent.start}:{extent.length}" for extent in shared]
     for first in range(0, len(stretches), _STRETCHES_A_CALL):
         batch = stretches[first : first + _STRETCHES_A_CALL]
-        command.run(path, sys.executable, "-m", __name__, name, *batch, work=sum(extent.length for extent in shared))
+        command.run(
+            path,
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            __name__,
+            name,
+            *batch,
+            work=sum(extent.length for extent in shared),
+        )
 
 
 def extents(name: str) -> list[Extent] | None:

@@ -55,13 +55,21 @@ def under(directory: str) -> Filesystem:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         can = True
-    kind = type_of(directory)
+    return _with_type(mounted_type(directory), can)
+
+
+def under_read_only(directory: str) -> Filesystem:
+    """Return what the filesystem is taken for under a directory in which nothing may be made to try it."""
+    return _with_type(mounted_type(directory), True)
+
+
+def _with_type(kind: str, can: bool) -> Filesystem:
     return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, kind in _COPY_ON_WRITE)
 
 
 def copies_on_write(name: str) -> bool:
     """Whether each overwrite of this file takes new space."""
-    if type_of(name) not in _COPY_ON_WRITE:
+    if mounted_type(name) not in _COPY_ON_WRITE:
         return False
     flags = array.array("l", [0])
     with open(name, "rb") as file:
@@ -81,10 +89,10 @@ def available(directory: str) -> int:
 
 def is_remote(path: str) -> bool:
     """Whether other hosts may have the file at path open, of which this one's kernel knows nothing."""
-    return type_of(path).partition(".")[0] in _REMOTE
+    return mounted_type(path).partition(".")[0] in _REMOTE
 
 
-def type_of(path: str) -> str:
+def mounted_type(path: str) -> str:
     """Return the type of the filesystem that holds path, by its mount point."""
     mounts: dict[str, str] = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
     directory = os.path.realpath(path)

@@ -173,7 +173,7 @@ def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Prom
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
     if written:
-        zeros.write(file.path, file.program_name, file.fd)
+        zeros.write(file.path, file.fd)
     fill(file, length, promise)
 
 
@@ -183,7 +183,7 @@ def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
         for gap in fallocate.gaps(file.program_name, start, start + length):
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
     elif promise.mode == "full":
-        zeros.write(file.path, file.program_name, file.fd)
+        zeros.write(file.path, file.fd)
 
 
 def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:

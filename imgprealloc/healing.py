@@ -80,7 +80,13 @@ def heal(
                 log.warn_once("not ours", path, f"not preallocated: it is {state}, and not ours to write")
             return
         with turn:
-            strategy.preallocate(path, existing, format=format)
+            try:
+                strategy.preallocate(path, existing, format=format)
+            except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
+                if existing == "reserve":
+                    raise
+                log.warn_once("not replaced", path, f"not made anew: {exc}")
+                strategy.preallocate(path, "reserve", format=format)
     except exceptions.NoSpace as exc:
         if would_lack_space_in_stock_nova(path, stock_length):
             raise

@@ -13,6 +13,7 @@ the kernel while anybody else has the file open, whoever that is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import errno
@@ -34,8 +35,6 @@ _OURS = 300
 _FLOCK = struct.Struct("hhqqi4x")
 _NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
-# Somebody's qemu-img info, or a look of ours in another thread, is over by then.
-_ATTEMPTS = 5
 _PAUSE = 0.1
 
 
@@ -59,24 +58,23 @@ def has_writer(fd: int) -> bool:
     return _is_locked(fd, _WRITES, _RESIZES)
 
 
-def refuse_users(path: str, fd: int) -> None:
+def refuse_users(path: str, fd: int, *, patience: float = 0.5) -> None:
     """Refuse a disk that may not be written to, grown or replaced, because somebody else has it open.
 
     :param path: the disk, for the error's text
     :param fd: the only descriptor of it that this process has
+    :param patience: seconds that a reader may take to be done
     :raises: ImageInUse
     """
     _refuse_qemu(path, fd)
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_PAUSE)
-        if not _is_open_elsewhere(fd):
-            return
-    raise exceptions.ImageInUse(
-        path,
-        "another program, or a loop device, has the file open",
-        f"fuser -v {path}, or losetup --list, tells which; end that, then try again.",
-    )
+    deadline = time.monotonic() + patience
+    while _is_open_elsewhere(fd):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_PAUSE)
+    else:
+        return
+    raise _open_elsewhere(path)
 
 
 @contextlib.contextmanager
@@ -120,6 +118,32 @@ def try_exclusive(fd: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def sole_opener(path: str, fd: int) -> Iterator[Callable[[], None]]:
+    """Let whoever wants to open a file wait until the block ends, as far as the kernel can tell of them.
+
+    :returns: what has to be called often, and raises ImageInUse when somebody waits
+    :raises: ImageInUse
+    """
+    try:
+        _take_lease(fd)
+    except OSError as exc:
+        if exc.errno == errno.EAGAIN and not filesystem.is_remote(f"/proc/self/fd/{fd}"):
+            raise _open_elsewhere(path) from exc
+        # Another's file, or a filesystem without leases.
+        yield lambda: None
+        return
+
+    def refuse_others() -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK:
+            raise _open_elsewhere(path)
+
+    try:
+        yield refuse_others
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
 def is_exclusive(fd: int) -> bool:
     """Whether another imgprealloc has that lock."""
     return _is_locked(fd, _OURS)
@@ -127,10 +151,7 @@ def is_exclusive(fd: int) -> bool:
 
 def _is_open_elsewhere(fd: int) -> bool:
     try:
-        # Whoever opens the file just now makes the kernel send us a signal: SIGIO,
-        # which ends a process, if it is not told to take one that is ignored.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        _take_lease(fd)
     except OSError as exc:
         # NFS answers so where its server has given it no delegation.
         if exc.errno == errno.EAGAIN and not filesystem.is_remote(f"/proc/self/fd/{fd}"):
@@ -139,6 +160,21 @@ def _is_open_elsewhere(fd: int) -> bool:
         return _backs_loop_device(fd)
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
+
+
+def _take_lease(fd: int) -> None:
+    # Whoever opens the file just now makes the kernel send us a signal: SIGIO,
+    # which ends a process, if it is not told to take one that is ignored.
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+
+def _open_elsewhere(path: str) -> exceptions.ImageInUse:
+    return exceptions.ImageInUse(
+        path,
+        "another program, or a loop device, has the file open",
+        f"fuser -v {path}, or losetup --list, tells which; end that, then try again.",
+    )
 
 
 def _backs_loop_device(fd: int) -> bool:

@@ -46,7 +46,11 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
 
     :raises: UnsupportedFilesystem
     """
-    under = filesystem.under(place.folder)
+    try:
+        under = filesystem.under(place.folder)
+    except PermissionError:
+        # A disk there can get its space all the same.
+        under = filesystem.under_read_only(place.folder)
     if under.fallocate or mode != "falloc":
         return Promise(mode, under)
     if on_unsupported == "error":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import Optional
@@ -143,7 +144,10 @@ class Qcow2(format.Format):
         if image.backing_file is None:
             qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation)
             return
-        if image.backing_format is None or backing.names_protocol(image.backing_file):
+        is_file = not backing.names_protocol(image.backing_file)
+        if image.backing_format is None or not is_file:
+            if is_file:
+                backing.look_at_chain(file, file.beside(image.backing_file), None)
             # QEMU alone knows what it is; the name that it finds it by is the disk's own.
             qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation)
             return
@@ -155,6 +159,8 @@ class Qcow2(format.Format):
 
     def _recreation(self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise) -> Treatment:
         place_for = functools.partial(replacement.replacing, file, stamp)
+        # As QEMU sees it.
+        blank = dataclasses.replace(blank, virtual_size=_round_up(blank.virtual_size, reading.SECTOR))
         return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise))
 
     def _put_blank(self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise) -> DiskImage:
@@ -275,11 +281,11 @@ def _refuse_other_size(file: DiskFile, size: int) -> None:
     :raises: BrokenImage
     """
     try:
-        found: object = qcow2_header.virtual_size(file.path, file.fd)
-    except exceptions.FormatMismatch:
-        found = "none"
+        found = qcow2_header.virtual_size(file.path, file.fd)
+    except exceptions.FormatMismatch as exc:
+        raise format.not_as_asked(file.path, "a disk in the format qcow2", "none") from exc
     if found != size:
-        raise format.not_as_asked(file.path, f"a disk in the format qcow2 of {size} bytes", str(found))
+        raise format.not_as_asked(file.path, f"a virtual_size of {size}", str(found))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -36,8 +36,11 @@ _SUBCLUSTERS = 1 << 4
 
 _GREATEST_L1 = 32 * 1024 * 1024
 
-# Header, extensions and the backing file's name, of 1023 bytes at the most, are in the first cluster.
+# Where header and extensions end.
 _LONGEST_HEADER = 4096
+# Of a backing file, in bytes.
+_LONGEST_NAME = 1023
+_GREATEST_CLUSTER = 2 * 1024 * 1024
 
 
 # The data is in another file, which QEMU opens by the name that is in the header.
@@ -80,16 +83,16 @@ def blank(file: str | int) -> Blank | None:
             incompatible, _, autoclear, _, _ = _VERSION_3.unpack_from(head, _VERSION_2.size)
             if incompatible & ~_SUBCLUSTERS or autoclear:
                 return None
-        if l1_entries * 8 > _GREATEST_L1 or backing_offset + backing_length > len(head):
+        if l1_entries * 8 > _GREATEST_L1 or backing_offset + backing_length > _GREATEST_CLUSTER:
             return None
         l1_table = os.pread(fd, l1_entries * 8, l1_offset)
         if len(l1_table) != l1_entries * 8 or any(l1_table):
             return None
+        backing_file, backing_format = _backing(head, fd)
     cluster_size = 1 << cluster_bits
     entry_size = 16 if incompatible & _SUBCLUSTERS else 8
     if l1_entries * (cluster_size // entry_size) * cluster_size < size:
         return None
-    backing_file, backing_format = _backing(head)
     if "\0" in (backing_file or "") or "\0" in (backing_format or ""):
         return None
     return Blank(size, cluster_size, backing_file, backing_format)
@@ -102,7 +105,7 @@ def backing(file: str | int) -> tuple[str | None, str | None]:
     """
     with _opened(file) as fd:
         head = os.pread(fd, _LONGEST_HEADER, 0)
-    return _backing(head) if _is_qcow2(head) else (None, None)
+        return _backing(head, fd) if _is_qcow2(head) else (None, None)
 
 
 def has_data_file(file: str | int) -> bool:
@@ -167,14 +170,15 @@ def _version(head: bytes) -> int:
     return int(_VERSION_2.unpack_from(head)[1])
 
 
-def _backing(head: bytes) -> tuple[str | None, str | None]:
+def _backing(head: bytes, fd: int) -> tuple[str | None, str | None]:
     _, version, offset, length, *_ = _VERSION_2.unpack_from(head)
     if not offset:
         return None, None
     header_length = _VERSION_2.size
     if version >= 3 and len(head) >= _VERSION_2.size + _VERSION_3.size:
         header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)[4]
-    name = os.fsdecode(head[offset : offset + length])
+    # Anywhere in the first cluster, says the specification.
+    name = os.fsdecode(os.pread(fd, min(length, _LONGEST_NAME), min(offset, _GREATEST_CLUSTER)))
     return name or None, _extension(head, header_length, _BACKING_FORMAT)
 
 

@@ -63,6 +63,8 @@ def qcow2(file: DiskFile) -> DiskImage:
             path, "its data is in another file (data-file)", "Convert it with qemu-img convert first."
         )
     in_use = lock.has_writer(file.fd)
+    # Byte for byte, as JSON cannot carry each name.
+    backing_file, backing_format = qcow2_header.backing(file.fd)
     described: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
 
     def describe() -> None:
@@ -89,8 +91,8 @@ def qcow2(file: DiskFile) -> DiskImage:
         format="qcow2",
         virtual_size=qemu_img.number(path, info, "virtual-size"),
         in_use=in_use,
-        backing_file=info.get("backing-filename"),
-        backing_format=info.get("backing-filename-format"),
+        backing_file=backing_file,
+        backing_format=backing_format,
         cluster_size=qemu_img.number(path, info, "cluster-size"),
         extended_l2=bool(header.get("extended-l2")),
         clusters=_clusters(path, info, check),

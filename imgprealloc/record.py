@@ -75,6 +75,10 @@ _NOTHING = Note(exists=False, format=None)
 _UNKNOWN = Note(exists=True, format=None)
 
 
+class _Pairs(list[tuple[str, object]]):
+    """What a JSON object says, all of it: a dict would have but the last of two that have one key."""
+
+
 def word(file: DiskFile, told: str | None = None) -> Word:
     """Return the best word on a disk's format.
 
@@ -83,7 +87,7 @@ def word(file: DiskFile, told: str | None = None) -> Word:
     """
     if told is not None:
         return Word(told, "the caller")
-    found = note(file.path)
+    found = note(file.path, file.real_path)
     if found.format is None:
         return Word(reading.guessed_format(file), "its first bytes")
     if found.format == "raw" and qcow2_header.begins(file.fd):
@@ -113,15 +117,17 @@ def require_certain(file: DiskFile, said: Word, deed: str) -> None:
         )
 
 
-def note(path: str) -> Note:
+def note(path: str, real: Optional[str] = None) -> Note:
     """Return what Nova has noted of a disk, found by the file's name within its folder.
 
     Not by its path: state_path with a slash at its end, links, bind mounts,
     containers and UUID_resize give other paths for the same disk. A record
     that says raw wins, and one that cannot be read, or contradicts itself,
     tells of no format. Nova leaves "raw" when a resize converts a disk.
+
+    :param real: where the disk lies, if that has been found out
     """
-    real = os.path.realpath(path)
+    real = os.path.realpath(path) if real is None else real
     notes = [
         _noted(folder, {os.path.basename(path), os.path.basename(real)})
         for folder in dict.fromkeys((os.path.realpath(os.path.dirname(path)), os.path.dirname(real)))
@@ -221,17 +227,17 @@ def _noted(folder: str, names: set[str]) -> Note:
         with open(fd, "rb", closefd=False) as file:
             content = file.read(_GREATEST_RECORD + 1)
         # A few KiB of brackets are too deep for Python's parser.
-        noted = json.loads(content) if len(content) <= _GREATEST_RECORD else None
+        noted = json.loads(content, object_pairs_hook=_Pairs) if len(content) <= _GREATEST_RECORD else None
     except (OSError, ValueError, RecursionError):
         return _UNKNOWN
     finally:
         os.close(fd)
-    if not isinstance(noted, Mapping):
+    if not isinstance(noted, _Pairs):
         return _UNKNOWN
-    formats = [format for path, format in noted.items() if os.path.basename(path) in names]
+    formats = [format for path, format in noted if os.path.basename(path) in names]
     if "raw" in formats:
         return Note(exists=True, format="raw")
     if not formats:
         return _NOTHING
-    agree = isinstance(formats[0], str) and formats.count(formats[0]) == len(formats)
-    return Note(exists=True, format=formats[0]) if agree else _UNKNOWN
+    first = formats[0]
+    return Note(exists=True, format=first) if isinstance(first, str) and len(set(map(str, formats))) == 1 else _UNKNOWN

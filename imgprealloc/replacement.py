@@ -21,6 +21,7 @@ import stat
 from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
+from imgprealloc import log
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import FileStamp
@@ -34,6 +35,9 @@ _ZEROS_SUFFIX = ".imgprealloc-zeros"
 
 # The mark of our own, which means nothing on a file, and which nobody sets there.
 _MARK = stat.S_ISVTX
+
+# Seconds for somebody's look at the disk, at the end of what may have taken an hour.
+_PATIENCE = 30
 
 _ACL = "system.posix_acl_access"
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -102,8 +106,9 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
         yield file
         _settle(file, judge)
         _copy_attributes(disk.fd, file.fd)
-        # Not every writer heeds QEMU's lock.
-        lock.refuse_users(disk.path, disk.fd)
+        # Not every writer heeds QEMU's lock. A reader is worth waiting for, now
+        # that the work is done.
+        lock.refuse_users(disk.path, disk.fd, patience=_PATIENCE)
         disk.refuse_changed(stamp)
         _rename_over(disk, file)
         os.fchmod(file.fd, stat.S_IMODE(os.fstat(disk.fd).st_mode))
@@ -122,20 +127,31 @@ def leftovers(place: Place) -> list[Leftover]:
     """List what a crash has left beside a disk; nothing is changed."""
     found = []
     for name in _names(place):
-        status = place.stat(name)
+        try:
+            status = place.stat(name)
+        except OSError as exc:
+            # Nothing has a name that cannot be had.
+            if exc.errno != errno.ENAMETOOLONG:
+                raise
+            continue
         if status is not None and _is_ours(status) and not _is_claimed(place, name):
             found.append(Leftover(os.path.join(place.folder, name), status.st_blocks * 512))
     return found
 
 
 def remove_leftovers(place: Place) -> None:
-    """Give back the space of what a crash has left beside a disk."""
+    """Give back the space of what a crash has left beside a disk, as far as that can be done."""
     for name in _names(place):
-        status = place.stat(name)
-        if status is not None and _is_ours(status):
-            # Of one that is in use the next run sees to it.
-            with contextlib.suppress(exceptions.ImageInUse):
+        try:
+            status = place.stat(name)
+            if status is not None and _is_ours(status):
                 _remove(place, name)
+        except exceptions.ImageInUse:
+            # The next run sees to it.
+            continue
+        except OSError as exc:
+            if exc.errno != errno.ENAMETOOLONG:
+                log.warn_once("left", place.path, f"what an imgprealloc that was killed has left stays: {exc}")
 
 
 def _names(place: Place) -> tuple[str, str]:
@@ -338,7 +354,11 @@ def _rename_over(disk: DiskFile, file: NewFile) -> None:
 
 def _sync_folder(place: Place) -> None:
     try:
-        os.fsync(place.folder_fd)
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.folder_fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as exc:
         if exc.errno not in _NO_SYNC:
             raise OSError(

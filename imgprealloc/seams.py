@@ -25,6 +25,8 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         for backend in (imagebackend.Flat, imagebackend.Qcow2)
         for method, parameters in (
             ("cache", ("self", "fetch_func", "filename", "size")),
+            ("create_image", ("self", "prepare_template", "base", "size")),
+            ("verify_base_size", ("self", "base", "size")),
             ("exists", ("self",)),
             ("get_disk_size", ("self", "name")),
             ("libvirt_info", ("self", "cache_mode", "extra_specs")),

@@ -21,21 +21,23 @@ from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc.fallocate import Extent
 
-_BLOCK = units.Mi
+# So small that whoever waits for the file waits no time that anybody notices.
+_BLOCK = 256 * units.Ki
 
 
-def write(path: str, name: str, fd: int) -> None:
+def write(path: str, fd: int) -> None:
     """Write zeros over all that is a hole, or set aside but not written yet.
 
     :param path: the disk, for the error's text
-    :param name: by which a program opens it
     :param fd: the only descriptor of it that this process has
-    :raises: ImageInUse, NoSpace, CommandFailed, also where the filesystem
-        calls a hole what reads as something else
+    :raises: ImageInUse, NoSpace, CommandFailed, also where somebody opens the
+        file meanwhile, or the filesystem calls a hole what reads as something else
     """
     lock.refuse_users(path, fd)
     if any(_holes(fd)):
-        command.run(path, sys.executable, "-m", __name__, path, name, work=os.fstat(fd).st_size)
+        command.run(
+            path, sys.executable, "-W", "ignore", "-m", __name__, path, work=os.fstat(fd).st_size, stdin=fd
+        )  # fmt: skip
 
 
 def _holes(fd: int) -> Iterator[Extent]:
@@ -62,34 +64,43 @@ def _fill(path: str, fd: int) -> None:
 
     lseek(2) is not believed: it has called dirty data a hole (OpenZFS 15526).
 
-    :raises: FileError for a hole that has something in it
+    :raises: ImageInUse when somebody wants to open the file, FileError for a
+        hole that has something in it
     """
     zeros = bytes(_BLOCK)
-    for hole in _holes(fd):
-        position = hole.start
-        while position < hole.end:
-            block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
-            if os.pread(fd, len(block), position) != block:
-                raise exceptions.FileError(
-                    path,
-                    f"the {filesystem.type_of(path)} filesystem calls a hole what is none, at byte {position}",
-                    "Nothing was written there. Save a copy of the disk, and look into the kernel's log.",
-                    errno.EIO,
-                )
-            position += os.pwrite(fd, block, position)
-    os.fdatasync(fd)
+    with lock.sole_opener(path, fd) as refuse_others:
+        for hole in _holes(fd):
+            position = hole.start
+            while position < hole.end:
+                refuse_others()
+                block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
+                if os.pread(fd, len(block), position) != block:
+                    kind = filesystem.mounted_type(f"/proc/self/fd/{fd}")
+                    raise exceptions.FileError(
+                        path,
+                        f"the {kind} filesystem has called a hole what is none, at byte {position}, or somebody has "
+                        "written there just now",
+                        "Nothing was written over it. If nobody had the disk open, save a copy of it, and look into "
+                        "the kernel's log.",
+                        errno.EIO,
+                    )
+                position += os.pwrite(fd, block, position)
+        os.fdatasync(fd)
 
 
-def _main(path: str, name: str) -> int:
-    """Do what write() asks for, and keep QEMU out meanwhile: this process may outlive the other."""
+def _main(path: str, fd: int = 0) -> int:
+    """Do what write() asks for, on standard input, and keep QEMU out meanwhile: this process may outlive the other."""
     try:
-        with open(name, "r+b") as file, lock.no_writer(path, file.fileno()):
-            _fill(path, file.fileno())
-    except (OSError, exceptions.PreallocationError) as exc:
-        print(exc, file=sys.stderr)
+        with lock.no_writer(path, fd):
+            _fill(path, fd)
+    except exceptions.PreallocationError as exc:
+        print(exc.reason, file=sys.stderr)
+        return 1
+    except OSError as exc:
+        print(exc.strerror, file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    sys.exit(_main(sys.argv[1]))

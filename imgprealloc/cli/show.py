@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from typing import Any
 
 from imgprealloc import disk_file
+from imgprealloc import exceptions
 from imgprealloc import log
 from imgprealloc import replacement
 from imgprealloc.cli.disks import Disks
@@ -31,17 +34,24 @@ class Show(Disks):
         """Read the disks; nothing is written, also of a running instance."""
 
         def work(path: str) -> DiskImage:
+            # Also where a crash has come before there was a disk.
+            _tell_leftovers(path)
             image = Preallocator().inspect(path, format=parsed_args.disk_format)
             if parsed_args.check and image.state != "preallocated" and not self.status:
                 self.status = _NOT_PREALLOCATED
-            with disk_file.opened(path) as file:
-                for left in replacement.leftovers(file):
-                    log.warn_once(
-                        "left",
-                        left.path,
-                        f"left by an imgprealloc that was killed, {left.size} bytes; "
-                        f"imgprealloc allocate {path}, or the instance's next start, removes it",
-                    )
             return image
 
         return self.each(parsed_args.paths, work, parsed_args)
+
+
+def _tell_leftovers(path: str) -> None:
+    """Warn of what an imgprealloc that was killed has left beside a disk."""
+    nothing_to_tell = contextlib.suppress(exceptions.PreallocationError, OSError, ValueError)
+    with nothing_to_tell, disk_file.place(os.path.realpath(path)) as place:
+        for left in replacement.leftovers(place):
+            log.warn_once(
+                "left",
+                left.path,
+                f"left by an imgprealloc that was killed, {left.size} bytes; "
+                f"imgprealloc allocate {path}, or the instance's next start, removes it",
+            )

@@ -564,3 +564,39 @@ def test_warnings_are_not_repeated_at_each_start(
         made.cache(image, base, _4G)
 
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_disk_is_not_made_anew_where_its_base_is_gone_and_nova_s_own_look_at_it_fails(
+    disks: Callable[..., nova_disks.Disks], small_base: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # As after a cold migration, to a host that has not had the image yet.
+    made = disks(use_cow_images=kind == "qcow2")
+    image = made.spawn(small_base, units.Gi, image_type=kind)
+    os.unlink(os.path.join(made.instances_path, "_base", os.path.basename(small_base)))
+    before = images.identity(image.path)
+    exists = os.path.exists
+
+    monkeypatch.setattr(os.path, "exists", lambda path: path != image.path and exists(path))
+    # Nova gives up where it cannot see the disk's size either.
+    with contextlib.suppress(exception.DiskNotFound):
+        made.cache(made.image_at(image.path, kind), small_base, units.Gi)
+
+    assert images.identity(image.path) == before
+    assert os.path.exists(os.path.join(made.instances_path, "_base", os.path.basename(small_base)))
+    assert sorted(os.listdir(os.path.dirname(image.path))) == ["disk", "disk.info"]
+
+
+def test_disk_that_has_to_stay_gets_its_space_where_it_was_to_be_rewritten(
+    disks: Callable[..., nova_disks.Disks], small_base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stock = disks(preallocated=False, preallocate_images="none")
+    image = stock.spawn(small_base, units.Gi)
+    images.qemu_io(image.path, "write -P 5 1M 1M")
+    made = nova_disks.Disks(stock.instances_path, preallocated=True, imgprealloc__existing_disks="rewrite")
+    os.link(image.path, f"{image.path}.second")
+
+    made.cache(made.image_at(image.path), small_base, units.Gi)
+
+    assert imgprealloc.Preallocator().inspect(image.path, format="qcow2").state == "reserved"
+    assert "not made anew" in caplog.text

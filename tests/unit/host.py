@@ -64,6 +64,7 @@ class Call:
     :param shown: the same, with the names of files for those that stand for
         what this process has open
     :param seconds: after which it would have been ended
+    :param stdin: the file that it gets as its standard input
     :param is_over_zeros: whether it grows an image as if its backing file were zeros
     """
 
@@ -72,13 +73,18 @@ class Call:
     shown: tuple[str, ...] = ()
     seconds: float = 0.0
     is_over_zeros: bool = False
+    stdin: os.stat_result | None = None
 
     @property
     def name(self) -> str:
         """qemu-img's sub-command, what a process of our own does, or the program."""
         if self.argv[0] == "qemu-img":
             return self.argv[1]
-        return _OWN_PROCESSES[self.argv[2]] if "-m" in self.argv else os.path.basename(self.argv[0])
+        return (
+            _OWN_PROCESSES[self.argv[self.argv.index("-m") + 1]]
+            if "-m" in self.argv
+            else os.path.basename(self.argv[0])
+        )
 
     def after(self, option: str) -> str | None:
         """Return the word after an option, if the option was given."""
@@ -136,7 +142,15 @@ class Programs(fixtures.Fixture):
     def _execute(self, *words: str, **kwargs: Any) -> tuple[str, str]:
         assert (words[:2], words[2].partition("=")[0]) == (_TIMEOUT, "--kill-after")
         argv = words[4:]
-        call = Call(argv, kwargs, tuple(map(os_errors.shown, argv)), float(words[3]), _is_over_zeros(argv))
+        stdin = kwargs["preexec_fn"].__self__.stdin
+        call = Call(
+            argv,
+            kwargs,
+            tuple(map(os_errors.shown, argv)),
+            float(words[3]),
+            _is_over_zeros(argv),
+            None if stdin is None else os.fstat(stdin),
+        )
         self.calls.append(call)
         for program in ("timeout", argv[0]):
             if program in self._missing:
@@ -290,6 +304,12 @@ class Host(Programs):
     def content(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
+
+    def rewrite_header(self, path: str) -> None:
+        """Let the file say what there is to know about it."""
+        size = os.path.getsize(path)
+        self._write_header(path, self.disk(path), filled=True)
+        os.truncate(path, size)
 
     @property
     def files(self) -> list[str]:
@@ -507,14 +527,14 @@ class Host(Programs):
         return ""
 
     def _zeros(self, call: Call) -> str:
-        path, name = call.argv[-2:]
-        self._take(call, self._disks[_key(name)], os.path.getsize(name))
+        fd = int(call.kwargs["preexec_fn"].__self__.stdin)
+        self._take(call, self._disks[_key(fd)], os.fstat(fd).st_size)
         # For real: the disks are small, and the holes are its own to find.
-        assert zeros._main(path, name) == 0
+        assert zeros._main(call.argv[-1], fd) == 0
         return ""
 
     def _unshare(self, call: Call) -> str:
-        self._disks[_key(call.argv[3])].shared = 0
+        self._disks[_key(call.argv[call.argv.index("-m") + 2])].shared = 0
         return ""
 
     @staticmethod
@@ -537,7 +557,7 @@ class Host(Programs):
         )
 
 
-def _key(path: str) -> tuple[int, int]:
+def _key(path: str | int) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

@@ -112,7 +112,7 @@ def test_path_is_on_the_filesystem_of_its_nearest_mount_point(
 ) -> None:
     mounts({"/": "overlay", "/srv": "ext4", "/srv/nova": "xfs"})
 
-    assert filesystem.type_of(path) == kind
+    assert filesystem.mounted_type(path) == kind
 
 
 def test_link_is_followed_to_the_filesystem_that_it_leads_to(
@@ -122,13 +122,13 @@ def test_link_is_followed_to_the_filesystem_that_it_leads_to(
     (tmp_path / "link").symlink_to(tmp_path / "far")
     mounts({"/": "ext4", str(tmp_path / "far"): "btrfs"})
 
-    assert filesystem.type_of(str(tmp_path / "link" / "disk")) == "btrfs"
+    assert filesystem.mounted_type(str(tmp_path / "link" / "disk")) == "btrfs"
 
 
 def test_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..., None]) -> None:
     mounts({})
 
-    assert filesystem.type_of("/disk") == "unknown"
+    assert filesystem.mounted_type("/disk") == "unknown"
 
 
 def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:

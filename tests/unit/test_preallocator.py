@@ -516,8 +516,12 @@ def test_programs_are_given_what_was_opened_and_no_names_that_others_can_move(ho
     opened = f"/proc/{os.getpid()}/fd/"
     own = [host.path(name) for name in ("copied", "written", "new", "kept")]
     for call in host.calls:
-        # Our own processes get the disk's name as well, for the text of an error.
-        words = call.argv[4:] if call.name == "zeros" else call.argv
+        if call.name == "zeros":
+            # Gets it as its standard input, and the disk's name for the text of an error.
+            assert call.stdin is not None
+            assert os.path.samestat(call.stdin, os.stat(host.path("written")))
+            continue
+        words = call.argv
         if call.name != "--version" and call.name != "measure":
             assert any(opened in word for word in words), call.argv
         assert not [word for word in words for name in own if name in word], call.argv
@@ -536,9 +540,9 @@ def doing_nothing(host: Host, name: str) -> None:
         (lambda host: in_format.raw().create(host.path("new"), SIZE), f"a virtual_size of {SIZE}, .* and made 0"),
         (
             lambda host: in_format.qcow2().create(host.path("new"), SIZE),
-            "a disk in the format qcow2 of .* and made none",
+            "a disk in the format qcow2, .* and made none",
         ),
-        (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2 of .* and made none"),
+        (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2, .* and made none"),
     ],
 )
 def test_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Host], object], wanted: str) -> None:
@@ -571,7 +575,9 @@ def test_disk_that_is_not_what_was_asked_for_does_not_become_the_disk(
     def another(call: Call) -> str:
         said = make(call)
         for name, value in change.items():
-            setattr(host.disk(call.argv[-1] if program == "convert" else call.argv[-2]), name, value)
+            path = call.argv[-1] if program == "convert" else call.argv[-2]
+            setattr(host.disk(path), name, value)
+            host.rewrite_header(path)
         return said
 
     host.answers[program] = another

@@ -684,7 +684,7 @@ def test_disk_that_was_replaced_by_one_of_the_same_time_and_size_is_not_ours_to_
 
     programs.then["sync"] = another
 
-    with pytest.raises(exceptions.ImageInUse, match="written to, or replaced"):
+    with pytest.raises(exceptions.ImageInUse, match="it was replaced"):
         replace(disk)
 
     assert disk.read_bytes() == b"OLD"

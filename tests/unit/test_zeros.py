@@ -11,12 +11,13 @@ import fcntl
 import os
 import pathlib
 import sys
+import threading
+import time
 
 import fixtures
 from oslo_utils import units
 import pytest
 
-from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import zeros
@@ -26,7 +27,6 @@ from . import host as hosts
 from .host import ENOSPC
 from .host import Programs
 from .host import opened_by_qemu
-from .host import standing_lock
 
 
 @pytest.fixture
@@ -38,11 +38,12 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def write(path: pathlib.Path) -> None:
     with path.open("r+b") as file:
-        zeros.write(str(path), disk_file.name_of(file.fileno()), file.fileno())
+        zeros.write(str(path), file.fileno())
 
 
 def fill(path: pathlib.Path) -> int:
-    return zeros._main("/instances/1/disk", str(path))
+    with path.open("r+b") as file:
+        return zeros._main("/instances/1/disk", file.fileno())
 
 
 def holes(path: pathlib.Path) -> list[Extent]:
@@ -68,8 +69,9 @@ def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
     write(file)
 
     [call] = programs.calls
-    assert call.shown == (sys.executable, "-m", "imgprealloc.zeros", str(file), str(file))
-    assert call.argv[-1].startswith(f"/proc/{os.getpid()}/fd/")
+    assert call.argv == (sys.executable, "-W", "ignore", "-m", "imgprealloc.zeros", str(file))
+    assert call.stdin is not None
+    assert os.path.samestat(call.stdin, file.stat())
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * units.Mi], ids=["empty", "without holes"])
@@ -153,7 +155,8 @@ def test_process_writes_over_holes_only_and_in_portions(file: pathlib.Path) -> N
     with fixtures.MockPatchObject(os, "pwrite", watched):
         assert fill(file) == 0
 
-    assert written == [(65536, units.Mi), (65536 + units.Mi, units.Mi), (65536 + 2 * units.Mi, units.Mi // 2 - 65536)]
+    block, end = zeros._BLOCK, 5 * units.Mi // 2
+    assert written == [(start, min(block, end - start)) for start in range(65536, end, block)]
 
 
 @pytest.mark.parametrize("position", [0, 4095, 100_000, 2 * units.Mi - 1])
@@ -172,8 +175,7 @@ def test_hole_that_reads_as_data_is_an_error_and_nothing_is_written_over_it(
 
     assert file.read_bytes() == before
     said = capsys.readouterr().err
-    assert "/instances/1/disk" in said
-    assert "calls a hole what is none" in said
+    assert f"called a hole what is none, at byte {position // zeros._BLOCK * zeros._BLOCK}" in said
 
 
 def test_every_byte_is_read_before_it_is_written_over(file: pathlib.Path) -> None:
@@ -192,7 +194,8 @@ def test_every_byte_is_read_before_it_is_written_over(file: pathlib.Path) -> Non
     with fixtures.MockPatchObject(os, "pread", reading), fixtures.MockPatchObject(os, "pwrite", writing):
         fill(file)
 
-    assert done == [("read", 0), ("write", 0), ("read", units.Mi), ("write", units.Mi)]
+    starts = range(0, 2 * units.Mi, zeros._BLOCK)
+    assert done == [(deed, start) for start in starts for deed in ("read", "write")]
 
 
 def test_filesystem_that_knows_no_holes_is_all_data(file: pathlib.Path) -> None:
@@ -217,16 +220,43 @@ def test_fault_of_the_look_for_holes_is_an_error(file: pathlib.Path) -> None:
 
 def test_zeros_are_on_stable_storage_before_a_guest_may_write_again(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
-    locks: list[int] = []
-    with (
-        file.open("rb") as guest,
-        fixtures.MockPatchObject(
-            os, "fdatasync", lambda fd: locks.append(standing_lock(guest.fileno(), hosts.NO_WRITER))
-        ),
-    ):
+    leases: list[int] = []
+    with fixtures.MockPatchObject(os, "fdatasync", lambda fd: leases.append(fcntl.fcntl(fd, fcntl.F_GETLEASE))):
         fill(file)
 
-    assert locks == [fcntl.F_RDLCK]
+    assert leases == [fcntl.F_WRLCK]
+
+
+def test_process_stops_when_somebody_opens_the_disk_and_lets_that_wait_until_then(file: pathlib.Path) -> None:
+    # A guest that is being restored takes no lock of QEMU's, and may write at once.
+    os.truncate(file, 4 * units.Mi)
+    opened: list[int] = []
+    somebody = threading.Thread(target=lambda: opened.append(os.open(file, os.O_RDWR)))
+    real = os.pwrite
+
+    def watched(fd: int, data: bytes, position: int) -> int:
+        if position == 0:
+            somebody.start()
+            while fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK:
+                time.sleep(0.001)
+        assert not opened
+        return real(fd, data, position)
+
+    with fixtures.MockPatchObject(os, "pwrite", watched):
+        assert fill(file) == 1
+
+    somebody.join()
+    os.close(opened[0])
+    assert holes(file) == [Extent(zeros._BLOCK, 4 * units.Mi - zeros._BLOCK)]
+
+
+def test_disk_that_somebody_has_open_gets_no_zeros(file: pathlib.Path) -> None:
+    os.truncate(file, units.Mi)
+
+    with file.open("rb"):
+        assert fill(file) == 1
+
+    assert holes(file) == [Extent(0, units.Mi)]
 
 
 def raises(code: int) -> Callable[..., None]:
