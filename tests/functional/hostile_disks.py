@@ -63,8 +63,6 @@ BAIT = "bait"
 Expected = Literal["works", "refused", "safe"]
 Truth = Optional[Literal["raw", "qcow2"]]
 
-ENDLESS = "qcow2 whose check prints without end"
-
 Builder = Callable[[pathlib.Path], pathlib.Path]
 # Makes what is beside a disk.
 Beside = Callable[[pathlib.Path], object]
@@ -616,8 +614,11 @@ def _crowded() -> bytes:
 
 
 def _floods() -> Iterator[Entry]:
-    yield Entry(ENDLESS, "flood", disk(_endless), "qcow2", damaged=True)
     yield Entry("qcow2 with 65536 snapshots", "flood", disk(_crowded), "qcow2", damaged=True)
+
+
+# Not one of the others, because each look at it may take a program half a minute of CPU time.
+ENDLESS = Entry("qcow2 whose check prints without end", "flood", disk(_endless), "qcow2", damaged=True)
 
 
 # Names and links.
@@ -644,10 +645,16 @@ NAMES: dict[str, str | bytes] = {
 }
 
 
+# Those that a raw disk has as well.
+HARD_NAMES = ("commas", "a colon", "json", "a newline", "bytes that are no UTF-8", "255 bytes", "a name like ours")
+
+
 def _names() -> Iterator[Entry]:
     for what, name in NAMES.items():
         contents: dict[str, Content] = {"blank qcow2": blank, "raw": later(_more, blank)}
         for kind, content in contents.items():
+            if kind == "raw" and what not in HARD_NAMES:
+                continue
             truth: Truth = "raw" if kind == "raw" else "qcow2"
             expected: Expected = "safe" if len(os.fsencode(name)) > 235 else "works"
             yield Entry(f"{kind}, its name has {what}", "name", disk(content, os.fsdecode(name)), truth, expected)
