@@ -519,9 +519,7 @@ WRONG_TABLES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "refcounts of ones": ((REFCOUNTS, b"\xff" * 64),),
     "L1 table over the header": (field("L1 offset", 0),),
     "L1 table over the refcount table": (field("L1 offset", REFCOUNT_TABLE),),
-    "L1 table over the refcounts": (field("L1 offset", REFCOUNTS),),
     "L1 entry names the header": ((L1, number(COPIED)),),
-    "L1 entry names the L1 table": ((L1, number(COPIED | L1)),),
     "L1 entry is not aligned": ((L1, number(COPIED | L2 | 512)),),
     "L1 entry is beyond the end": ((L1, number(COPIED | 2**40)),),
     "L1 entry has reserved bits": ((L1, number(COPIED | L2 | 1)),),
@@ -534,7 +532,6 @@ WRONG_TABLES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "compressed cluster beyond the end": ((L2, number(1 << 62 | 2**40)),),
     "refcount of data is 0": ((REFCOUNTS + 2 * 5, bytes(2)),),
     "refcount of data is 9": ((REFCOUNTS + 2 * 5, b"\0\x09"),),
-    "refcount of nothing is 1": ((REFCOUNTS + 2 * 500, b"\0\1"),),
 }
 
 
@@ -579,6 +576,8 @@ def _features() -> Iterator[Entry]:
     for kind, bits in FEATURES.items():
         for bit, name in bits.items():
             for what, made in {"": qcow2, ", blank": blank}.items():
+                if name == "?" and made is qcow2:
+                    continue
                 content = later(patched, made, field(f"{kind} features", 1 << bit))
                 called = f"qcow2 with {kind} feature {bit} ({name}){what}"
                 expected: Expected = "refused" if (kind, name) == ("incompatible", "?") else "safe"
