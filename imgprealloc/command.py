@@ -214,7 +214,7 @@ def _failure(
             "The image may be damaged or made to exhaust the host; look at it on another machine.",
         )
     failed = exceptions.CommandFailed
-    remedy = "The disk is as it was; see the message and try again."
+    remedy = "See the message and try again."
     if any(text in said for text in _NO_SPACE):
         failed = exceptions.NoSpace
         remedy = "Free space on the filesystem or raise the quota, or build on another host."

@@ -121,7 +121,7 @@ class Format(abc.ABC):
             try:
                 image = self.read(new)
             except exceptions.FormatMismatch as exc:
-                raise _not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
+                raise not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
             _refuse_other_than_asked(image, asked)
             found.append(self.kept(image, promise, promise.states))
 
@@ -203,10 +203,11 @@ def _refuse_other_than_asked(image: DiskImage, asked: Geometry) -> None:
     for field in dataclasses.fields(asked):
         wanted, found = getattr(asked, field.name), getattr(image, field.name)
         if found != wanted and not (field.name == "cluster_size" and wanted is None):
-            raise _not_as_asked(image.path, f"a {field.name} of {wanted!r}", repr(found))
+            raise not_as_asked(image.path, f"a {field.name} of {wanted!r}", repr(found))
 
 
-def _not_as_asked(path: str, wanted: str, found: str) -> exceptions.BrokenImage:
+def not_as_asked(path: str, wanted: str, found: str) -> exceptions.BrokenImage:
+    """Say that a program has not done what it said that it did."""
     return exceptions.BrokenImage(
         path,
         f"qemu-img was asked for {wanted}, said that it was done, and made {found}",

@@ -22,6 +22,8 @@ MODE_EXTRA_SPEC = "imgprealloc:mode"
 def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
     """Make an option of nova.conf of a setting."""
     choices: Mapping[Any, str] = field.metadata["choices"]
+    if isinstance(field.default, bool):
+        return cfg.BoolOpt(field.name, default=field.default, help=field.metadata["help"])
     kind = cfg.IntOpt if isinstance(field.default, int) else cfg.StrOpt
     return kind(field.name, default=field.default, choices=list(choices.items()), help=field.metadata["help"])
 

@@ -170,7 +170,12 @@ class Preallocator(Settings):
             lock.refuse_users(path, file.fd)
             file.refuse_changed(before.stamp)
             replacement.remove_leftovers(file)
-            strategy.grow(file, before, size, promise)
+            try:
+                strategy.grow(file, before, size, promise)
+            except exceptions.CommandFailed as exc:
+                if file.stamp() != before.stamp:
+                    exc.remedy += " Its growth was cut short; what it holds is as it was. Check it with qemu-img check."
+                raise
             after = strategy.read(file)
             if after.virtual_size != size:
                 raise exceptions.BrokenImage(

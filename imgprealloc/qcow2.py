@@ -129,6 +129,8 @@ class Qcow2(format.Format):
         else:
             if aligned > image.virtual_size:
                 self._resize(file, image, aligned, preallocation)
+                # Zeros over what was to be there by now would hide the base.
+                _refuse_other_size(file, aligned)
             with replacement.zeros(file, size) as zeros:
                 qemu_img.resize_over_zeros(file.path, file.program_name, size, zeros.program_name, promise.mode)
         format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
@@ -181,6 +183,7 @@ class Qcow2(format.Format):
             new.path, new.program_name, first_size, "qcow2", options,
             backing_file=blank.backing_file, backing_format=blank.backing_format,
         )  # fmt: skip
+        _refuse_other_size(new, first_size)
         if first_size < size:
             with replacement.zeros(place, size) as zeros:
                 qemu_img.resize_over_zeros(
@@ -264,6 +267,19 @@ def _obstacle_in_header(image: DiskImage | Blank) -> Optional[str]:
     if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
         return _TOO_OLD
     return None
+
+
+def _refuse_other_size(file: DiskFile, size: int) -> None:
+    """Refuse what a program has made in the first of two steps, before the second hides it.
+
+    :raises: BrokenImage
+    """
+    try:
+        found: object = qcow2_header.virtual_size(file.path, file.fd)
+    except exceptions.FormatMismatch:
+        found = "none"
+    if found != size:
+        raise format.not_as_asked(file.path, f"a disk in the format qcow2 of {size} bytes", str(found))
 
 
 def _round_up(size: int, multiple: int) -> int:

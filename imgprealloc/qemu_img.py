@@ -47,7 +47,9 @@ def version() -> tuple[int, ...]:
     said = command.run("qemu-img", "qemu-img", "--version")
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
     if found is None:
-        raise exceptions.QemuImgTooOld("qemu-img", f"it prints no version: {said!r}", "Install QEMU 5.2 or later.")
+        raise exceptions.QemuImgTooOld(
+            "qemu-img", f"it prints no version: {said[:200]!r}", "Install QEMU 5.2 or later."
+        )
     return tuple(int(number) for number in found.groups(default="0"))
 
 

@@ -97,7 +97,7 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
     """
     _refuse_links(disk)
     lock.refuse_users(disk.path, disk.fd)
-    with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX) as file:
+    with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX, keep=lambda: disk.stat() is None) as file:
         disk.refuse_changed(stamp)
         yield file
         _settle(file, judge)
@@ -105,7 +105,7 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
         # Not every writer heeds QEMU's lock.
         lock.refuse_users(disk.path, disk.fd)
         disk.refuse_changed(stamp)
-        os.replace(file.name, disk.name, src_dir_fd=disk.folder_fd, dst_dir_fd=disk.folder_fd)
+        _rename_over(disk, file)
         os.fchmod(file.fd, stat.S_IMODE(os.fstat(disk.fd).st_mode))
         _sync_folder(disk)
 
@@ -147,8 +147,11 @@ def _temporary_name(place: Place, suffix: str) -> str:
 
 
 @contextlib.contextmanager
-def _claimed(place: Place, suffix: str) -> Iterator[NewFile]:
-    """Create an empty file that is ours alone; remove it afterwards, if it is still there."""
+def _claimed(place: Place, suffix: str, keep: Callable[[], bool] = lambda: False) -> Iterator[NewFile]:
+    """Create an empty file that is ours alone; remove it afterwards, if it is still there.
+
+    :param keep: asked then, whether it is all that there is of the disk
+    """
     name = _temporary_name(place, suffix)
     while True:
         try:
@@ -163,8 +166,11 @@ def _claimed(place: Place, suffix: str) -> Iterator[NewFile]:
             try:
                 yield NewFile(place.path, place.folder, place.folder_fd, name, fd)
             finally:
-                if _is_named(place, name, fd):
-                    os.unlink(name, dir_fd=place.folder_fd)
+                # What cannot be removed now is removed by the next run; what is
+                # being raised, or is done, matters more.
+                with contextlib.suppress(OSError):
+                    if _is_named(place, name, fd) and not keep():
+                        os.unlink(name, dir_fd=place.folder_fd)
             return
         finally:
             os.close(fd)
@@ -300,15 +306,34 @@ def _rename_to_nothing(place: Place, file: NewFile) -> None:
         raise OSError(code, os.strerror(code), place.path)
     # The name is taken first, by an empty file of ours, over which any
     # filesystem can rename.
-    taken = os.open(place.name, _NEW, 0o600, dir_fd=place.folder_fd)
+    try:
+        os.close(os.open(place.name, _NEW, _MARK | stat.S_IRUSR | stat.S_IWUSR, dir_fd=place.folder_fd))
+    except FileExistsError:
+        raise
+    except OSError:
+        # It may have been made all the same.
+        if not _is_empty_and_ours(place.stat()):
+            raise
     try:
         os.replace(file.name, place.name, src_dir_fd=place.folder_fd, dst_dir_fd=place.folder_fd)
     except OSError:
-        if _is_named(place, place.name, taken):
+        if _is_empty_and_ours(place.stat()):
             os.unlink(place.name, dir_fd=place.folder_fd)
         raise
-    finally:
-        os.close(taken)
+
+
+def _is_empty_and_ours(status: os.stat_result | None) -> bool:
+    return status is not None and _is_ours(status) and not status.st_size
+
+
+def _rename_over(disk: DiskFile, file: NewFile) -> None:
+    """Rename a new file over a disk; also where that takes the disk's name away before it fails (libfuse)."""
+    try:
+        os.replace(file.name, disk.name, src_dir_fd=disk.folder_fd, dst_dir_fd=disk.folder_fd)
+    except OSError:
+        if disk.stat() is not None:
+            raise
+        os.replace(file.name, disk.name, src_dir_fd=disk.folder_fd, dst_dir_fd=disk.folder_fd)
 
 
 def _sync_folder(place: Place) -> None:

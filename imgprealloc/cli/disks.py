@@ -114,6 +114,14 @@ class Allocating(Disks):
         for field in settings.fields():
             choices = field.metadata["choices"]
             default: Any = field.default
+            if isinstance(default, bool):
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    action=argparse.BooleanOptionalAction,
+                    default=default,
+                    help=field.metadata["help"].strip().splitlines()[0],
+                )
+                continue
             is_size = isinstance(default, int)
             shown = f"{default // units.Ki}K" if is_size else default
             parser.add_argument(

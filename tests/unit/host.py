@@ -475,6 +475,8 @@ class Host(Programs):
         clusters, length = disk.clusters, os.path.getsize(path)
         os.truncate(path, size if disk.format == "raw" else length + size - disk.virtual_size)
         disk.virtual_size = size
+        if disk.format == "qcow2":
+            qcow2_file.patch(path, qcow2_file.SIZE_OFFSET, struct.pack(">Q", size))
         if preallocation != "off":
             disk.mapped += disk.clusters - clusters
         if preallocation in ("falloc", "full"):

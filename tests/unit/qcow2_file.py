@@ -18,6 +18,9 @@ EXTENDED_L2 = 1 << 4
 
 AUTOCLEAR_BITMAPS = 1 << 0
 
+# Where the header has the virtual size.
+SIZE_OFFSET = 24
+
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
 END = 0

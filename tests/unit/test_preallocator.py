@@ -534,8 +534,11 @@ def doing_nothing(host: Host, name: str) -> None:
     ("ask", "wanted"),
     [
         (lambda host: in_format.raw().create(host.path("new"), SIZE), f"a virtual_size of {SIZE}, .* and made 0"),
-        (lambda host: in_format.qcow2().create(host.path("new"), SIZE), "a disk in the format qcow2, .* and made none"),
-        (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2, .* and made none"),
+        (
+            lambda host: in_format.qcow2().create(host.path("new"), SIZE),
+            "a disk in the format qcow2 of .* and made none",
+        ),
+        (lambda host: in_format.qcow2().preallocate(host.overlay()), "a disk in the format qcow2 of .* and made none"),
     ],
 )
 def test_create_that_did_nothing_becomes_no_disk(host: Host, ask: Callable[[Host], object], wanted: str) -> None:

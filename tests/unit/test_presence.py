@@ -52,11 +52,13 @@ def test_file_that_cannot_be_looked_at_may_be_there(disk: pathlib.Path, code: in
         assert presence.is_there(str(disk)) is True
 
 
-# Only making it proves that it was not there.
+# Absent is what neither its name nor its folder knows of.
 
 
-def test_what_is_not_there_was_absent_and_nothing_stays(disk: pathlib.Path) -> None:
-    assert presence.was_absent(str(disk)) is True
+def test_what_is_not_there_was_absent_and_nothing_is_made(disk: pathlib.Path) -> None:
+    with failing("open", errno.EROFS):
+        assert presence.was_absent(str(disk)) is True
+
     assert os.listdir(disk.parent) == []
 
 
@@ -81,29 +83,17 @@ def test_what_is_there_was_not_absent_and_stays(disk: pathlib.Path, make: Callab
     assert disk.lstat() == before
 
 
-@pytest.mark.parametrize("code", [*FAULTS, errno.ENOSPC, errno.EROFS])
-def test_what_cannot_be_made_is_not_proven_to_be_absent(disk: pathlib.Path, code: int) -> None:
-    with failing("open", code):
+@pytest.mark.parametrize("call", ["lstat", "listdir"])
+@pytest.mark.parametrize("code", FAULTS)
+def test_what_cannot_be_looked_at_is_not_proven_to_be_absent(disk: pathlib.Path, call: str, code: int) -> None:
+    with failing(call, code):
         assert presence.was_absent(str(disk)) is False
 
 
-def test_who_comes_while_absence_is_proven_is_not_removed(disk: pathlib.Path) -> None:
-    real = os.lstat
+def test_name_that_a_server_has_but_is_remembered_as_free_was_not_absent(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"precious")
 
-    def another(path: str) -> os.stat_result:
-        os.unlink(path)
-        disk.write_bytes(b"precious")
-        return real(path)
-
-    with fixtures.MockPatchObject(os, "lstat", another):
-        assert presence.was_absent(str(disk)) is False
-
-    assert disk.read_bytes() == b"precious"
-
-
-@pytest.mark.parametrize("call", ["lstat", "unlink"])
-def test_what_cannot_be_taken_away_again_is_not_proven_to_be_absent(disk: pathlib.Path, call: str) -> None:
-    with failing(call, errno.EIO):
+    with failing("lstat", errno.ENOENT):
         assert presence.was_absent(str(disk)) is False
 
 
