@@ -63,8 +63,6 @@ BAIT = "bait"
 Expected = Literal["works", "refused", "safe"]
 Truth = Optional[Literal["raw", "qcow2"]]
 
-ENDLESS = "qcow2 whose check prints without end"
-
 Builder = Callable[[pathlib.Path], pathlib.Path]
 # Makes what is beside a disk.
 Beside = Callable[[pathlib.Path], object]
@@ -521,9 +519,7 @@ WRONG_TABLES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "refcounts of ones": ((REFCOUNTS, b"\xff" * 64),),
     "L1 table over the header": (field("L1 offset", 0),),
     "L1 table over the refcount table": (field("L1 offset", REFCOUNT_TABLE),),
-    "L1 table over the refcounts": (field("L1 offset", REFCOUNTS),),
     "L1 entry names the header": ((L1, number(COPIED)),),
-    "L1 entry names the L1 table": ((L1, number(COPIED | L1)),),
     "L1 entry is not aligned": ((L1, number(COPIED | L2 | 512)),),
     "L1 entry is beyond the end": ((L1, number(COPIED | 2**40)),),
     "L1 entry has reserved bits": ((L1, number(COPIED | L2 | 1)),),
@@ -536,7 +532,6 @@ WRONG_TABLES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "compressed cluster beyond the end": ((L2, number(1 << 62 | 2**40)),),
     "refcount of data is 0": ((REFCOUNTS + 2 * 5, bytes(2)),),
     "refcount of data is 9": ((REFCOUNTS + 2 * 5, b"\0\x09"),),
-    "refcount of nothing is 1": ((REFCOUNTS + 2 * 500, b"\0\1"),),
 }
 
 
@@ -581,6 +576,8 @@ def _features() -> Iterator[Entry]:
     for kind, bits in FEATURES.items():
         for bit, name in bits.items():
             for what, made in {"": qcow2, ", blank": blank}.items():
+                if name == "?" and made is qcow2:
+                    continue
                 content = later(patched, made, field(f"{kind} features", 1 << bit))
                 called = f"qcow2 with {kind} feature {bit} ({name}){what}"
                 expected: Expected = "refused" if (kind, name) == ("incompatible", "?") else "safe"
@@ -616,8 +613,11 @@ def _crowded() -> bytes:
 
 
 def _floods() -> Iterator[Entry]:
-    yield Entry(ENDLESS, "flood", disk(_endless), "qcow2", damaged=True)
     yield Entry("qcow2 with 65536 snapshots", "flood", disk(_crowded), "qcow2", damaged=True)
+
+
+# Not one of the others, because each look at it may take a program half a minute of CPU time.
+ENDLESS = Entry("qcow2 whose check prints without end", "flood", disk(_endless), "qcow2", damaged=True)
 
 
 # Names and links.
@@ -644,10 +644,16 @@ NAMES: dict[str, str | bytes] = {
 }
 
 
+# Those that a raw disk has as well.
+HARD_NAMES = ("commas", "a colon", "json", "a newline", "bytes that are no UTF-8", "255 bytes", "a name like ours")
+
+
 def _names() -> Iterator[Entry]:
     for what, name in NAMES.items():
         contents: dict[str, Content] = {"blank qcow2": blank, "raw": later(_more, blank)}
         for kind, content in contents.items():
+            if kind == "raw" and what not in HARD_NAMES:
+                continue
             truth: Truth = "raw" if kind == "raw" else "qcow2"
             expected: Expected = "safe" if len(os.fsencode(name)) > 235 else "works"
             yield Entry(f"{kind}, its name has {what}", "name", disk(content, os.fsdecode(name)), truth, expected)
