@@ -229,6 +229,8 @@ else:
 class _Preallocating(_Image):  # type: ignore[misc]
     """What Flat and Qcow2 have in common; stands before Nova's class among the bases."""
 
+    path: str
+
     def __init__(
         self,
         instance: Any = None,
