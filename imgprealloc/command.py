@@ -49,7 +49,7 @@ _NOT_STARTED = (126, 127)
 
 # What is kept of what a program prints. A check of an image that a guest has
 # made for it prints gigabytes.
-_MOST_PRINTED = units.Mi
+MOST_PRINTED = units.Mi
 # Of that, what an error's text has room for.
 _MOST_TOLD = 2000
 
@@ -136,7 +136,7 @@ class _Printed:
     def __enter__(self) -> _Printed:
         self._files = [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in ("stdout", "stderr")]
         for fd in self._files:
-            os.truncate(fd, _MOST_PRINTED)
+            os.truncate(fd, MOST_PRINTED)
             # What would go beyond is refused, and programs do not care.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         return self
@@ -164,7 +164,7 @@ class _Printed:
     @staticmethod
     def _read(fd: int) -> str:
         # The program's position is ours.
-        return os.fsdecode(os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), _MOST_PRINTED), 0))
+        return os.fsdecode(os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), MOST_PRINTED), 0))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -218,7 +218,7 @@ def _failure(
         return exceptions.ProgramKilled(
             path,
             f"{name} was ended by signal {-status} under its limits of "
-            f"{limits.cpu_time} s of CPU time and {limits.address_space} bytes of memory",
+            f"{limits.cpu_time} s of CPU time and {limits.address_space} bytes of memory, or of what it may print",
             "The image may be damaged or made to exhaust the host; look at it on another machine.",
         )
     failed = exceptions.CommandFailed

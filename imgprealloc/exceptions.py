@@ -28,7 +28,14 @@ class PreallocationError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}. {self.remedy}"
+        return _on_one_line(f"{self.path}: {self.reason}. {self.remedy}")
+
+
+def _on_one_line(text: str) -> str:
+    """Escape what would end the line, or speak to the terminal; a file's name may have it."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 class DiskNotFound(PreallocationError):

@@ -108,6 +108,12 @@ class Qcow2(format.Format):
         return self._put_blank(functools.partial(replacement.new, place), place, blank, promise)
 
     def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
+        if qcow2_header.has_lost_bitmaps(file.fd):
+            raise exceptions.BrokenImage(
+                file.path,
+                "its header says that it has bitmaps, and not where; qemu-img would mark it corrupt as it grows",
+                "Nothing was changed; copy it with qemu-img convert, and take the copy.",
+            )
         if promise.mode != "metadata":
             require_space(file, size - image.virtual_size)
         if image.has_stray_bytes:

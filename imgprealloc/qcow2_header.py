@@ -30,6 +30,10 @@ _VERSION_2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _VERSION_3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
+_BITMAPS_EXTENSION = 0x23852875
+
+# Of the autoclear features: there are bitmaps, and they are up to date.
+_BITMAPS = 1 << 0
 
 # Of the incompatible features; the others are marks of dirt, corruption, and so on.
 _SUBCLUSTERS = 1 << 4
@@ -115,6 +119,16 @@ def has_data_file(file: str | int) -> bool:
     if not _is_qcow2(head) or _version(head) < 3 or len(head) < _VERSION_2.size + _VERSION_3.size:
         return False
     return bool(_VERSION_3.unpack_from(head, _VERSION_2.size)[0] & _DATA_FILE)
+
+
+def has_lost_bitmaps(file: str | int) -> bool:
+    """Whether a qcow2 header says that it has bitmaps, and does not say where."""
+    with _opened(file) as fd:
+        head = os.pread(fd, _LONGEST_HEADER, 0)
+    if not _is_qcow2(head) or _version(head) < 3 or len(head) < _VERSION_2.size + _VERSION_3.size:
+        return False
+    _, _, autoclear, _, header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)
+    return bool(autoclear & _BITMAPS) and _extension(head, header_length, _BITMAPS_EXTENSION) is None
 
 
 def can_zero_clusters(file: str | int) -> bool:

@@ -24,12 +24,13 @@ from oslo_utils import units
 from imgprealloc import command
 from imgprealloc import exceptions
 
-# Nova's own for qemu-img info.
-LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=units.Gi)
+# Nova's own for qemu-img info. Neither this nor a check writes but to what it
+# prints to, and one that prints without end is to end.
+LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=units.Gi, file_size=command.MOST_PRINTED)
 
 # A check of 1 TiB takes 0.5 s and 25 MB, but also, by chance, up to 64 threads
 # with stacks of 8 MiB, for which 1 GiB was too little in 1 of some 500 checks.
-CHECK_LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=2 * units.Gi)
+CHECK_LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=2 * units.Gi, file_size=command.MOST_PRINTED)
 
 # Subclusters (extended_l2) and growth that hides a longer backing file.
 OVERLAY_PREALLOCATION = (5, 2)

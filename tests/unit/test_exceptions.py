@@ -279,3 +279,9 @@ def test_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
     assert "libvirt.LibvirtDriver" in str(error)
     # No disk is at fault, and no caller should carry on as if one were.
     assert not isinstance(error, PreallocationError)
+
+
+def test_error_stays_on_its_line_whatever_the_disk_is_called() -> None:
+    error = exceptions.DiskNotFound("/a\nb\x1b[2J\udcff", "there is\nno such file", "Check the path.")
+
+    assert str(error) == r"/a\nb\x1b[2J\udcff: there is\nno such file. Check the path."

@@ -296,3 +296,10 @@ def test_pipe_in_the_place_of_a_file_is_not_waited_for(path: str) -> None:
     os.mkfifo(path)
 
     assert qcow2_header.begins(path) is False
+
+
+@pytest.mark.parametrize(("autoclear", "lost"), [(0, False), (qcow2_file.AUTOCLEAR_BITMAPS, True)])
+def test_bitmaps_that_the_header_does_not_place_are_lost(path: str, autoclear: int, lost: bool) -> None:
+    qcow2_file.write(path, autoclear=autoclear)
+
+    assert qcow2_header.has_lost_bitmaps(path) is lost
