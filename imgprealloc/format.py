@@ -102,6 +102,10 @@ class Format(abc.ABC):
     def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
         """Grow a disk, the new part preallocated."""
 
+    @abc.abstractmethod
+    def recover(self, file: DiskFile) -> None:
+        """Mend what a growth that failed half way has left, if it has left something that could cost data later."""
+
     # What they share.
 
     def put(

@@ -8,6 +8,7 @@ on the format counts in record, what a filesystem can promise in promise.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -172,9 +173,11 @@ class Preallocator(Settings):
             replacement.remove_leftovers(file)
             try:
                 strategy.grow(file, before, size, promise)
-            except exceptions.CommandFailed as exc:
+            except exceptions.PreallocationError as exc:
                 if file.stamp() != before.stamp:
                     exc.remedy += " Its growth was cut short; what it holds is as it was. Check it with qemu-img check."
+                    with contextlib.suppress(exceptions.PreallocationError):
+                        strategy.recover(file)
                 raise
             after = strategy.read(file)
             if after.virtual_size != size:

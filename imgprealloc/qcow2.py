@@ -79,7 +79,7 @@ class Qcow2(format.Format):
     def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
         stamp = file.stamp()
         blank = qcow2_header.blank(file.fd)
-        if blank is None or not blank.virtual_size or _obstacle_in_header(blank) is not None:
+        if blank is None or not blank.virtual_size or _obstacle_in_header(file.path, blank) is not None:
             return None
         if promise.holds_space and filesystem.available(file.folder) < blank.virtual_size:
             # A look may tell that the space that is short is its own.
@@ -90,7 +90,7 @@ class Qcow2(format.Format):
         self, place: Place, size: int, promise: Promise, backing_file: Optional[str], backing_format: Optional[str]
     ) -> DiskImage:
         if backing_file is not None:
-            if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+            if qemu_img.version(place.path) < qemu_img.OVERLAY_PREALLOCATION:
                 raise exceptions.QemuImgTooOld(place.path, _TOO_OLD, "Install QEMU 5.2 or later.")
             if backing.names_protocol(backing_file):
                 raise exceptions.UnsupportedFormat(
@@ -145,6 +145,12 @@ class Qcow2(format.Format):
             grown = self.read(file)
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
 
+    def recover(self, file: DiskFile) -> None:
+        check = qemu_img.check(file.path, file.program_name, "qcow2")
+        if qemu_img.count(file.path, check, "corruptions"):
+            # Clusters in use that count as free would be given to the next write.
+            qemu_img.repair(file.path, file.program_name)
+
     @staticmethod
     def _resize(file: DiskFile, image: DiskImage, size: int, preallocation: str) -> None:
         if image.backing_file is None:
@@ -165,8 +171,8 @@ class Qcow2(format.Format):
 
     def _recreation(self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise) -> Treatment:
         place_for = functools.partial(replacement.replacing, file, stamp)
-        # As QEMU sees it.
-        blank = dataclasses.replace(blank, virtual_size=_round_up(blank.virtual_size, reading.SECTOR))
+        # As QEMU sees it, in whole sectors.
+        blank = dataclasses.replace(blank, virtual_size=blank.virtual_size // reading.SECTOR * reading.SECTOR)
         return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise))
 
     def _put_blank(self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise) -> DiskImage:
@@ -266,17 +272,17 @@ def _obstacle(image: DiskImage) -> Optional[str]:
             "were damaged, and what is in them could still be had back. If the guest reads what it should, run "
             "qemu-img check -r leaks on it"
         )
-    return _obstacle_in_header(image)
+    return _obstacle_in_header(image.path, image)
 
 
-def _obstacle_in_header(image: DiskImage | Blank) -> Optional[str]:
+def _obstacle_in_header(path: str, image: DiskImage | Blank) -> Optional[str]:
     if image.backing_file is None:
         return None
     if image.backing_format is None:
         return "its header does not name its backing file's format"
     if backing.names_protocol(image.backing_file):
         return f"its backing file {_PROTOCOL}"
-    if qemu_img.version() < qemu_img.OVERLAY_PREALLOCATION:
+    if qemu_img.version(path) < qemu_img.OVERLAY_PREALLOCATION:
         return _TOO_OLD
     return None
 

@@ -39,17 +39,32 @@ OVERLAY_PREALLOCATION = (5, 2)
 _CHECK_ANSWERS = (0, 2, 3)
 
 
-@functools.cache
-def version() -> tuple[int, ...]:
+def version(path: str = "qemu-img") -> tuple[int, ...]:
     """Return qemu-img's version, as numbers.
 
-    :raises: ProgramMissing, QemuImgTooOld if it prints none
+    :param path: the disk that it is asked for, for the error's text
+    :raises: ProgramMissing, ProgramKilled, CommandFailed, QemuImgTooOld if it
+        prints none
     """
+    try:
+        return _version()
+    except exceptions.PreallocationError as exc:
+        exc.path = path
+        raise
+
+
+def forget_version() -> None:
+    """Ask for the version once more, as a new process would."""
+    _version.cache_clear()
+
+
+@functools.cache
+def _version() -> tuple[int, ...]:
     said = command.run("qemu-img", "qemu-img", "--version")
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
     if found is None:
         raise exceptions.QemuImgTooOld(
-            "qemu-img", f"it prints no version: {said[:200]!r}", "Install QEMU 5.2 or later."
+            "qemu-img", f"qemu-img prints no version: {said[:200]!r}", "Install QEMU 5.2 or later."
         )
     return tuple(int(number) for number in found.groups(default="0"))
 
@@ -166,6 +181,12 @@ def check(path: str, name: str, format: str, *, meanwhile: Callable[[], object] 
         limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS, meanwhile=meanwhile,
     )  # fmt: skip
     return _json(path, said)
+
+
+def repair(path: str, name: str) -> None:
+    """Mend the refcounts of a qcow2 image; what a guest reads stays. Its backing file is not opened."""
+    image = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": name}})
+    command.run(path, "qemu-img", "check", "-q", "-r", "all", "-f", "qcow2", image, exit_codes=(0, 1, 2, 3))
 
 
 def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> int:

@@ -70,6 +70,9 @@ class Raw(format.Format):
             require_space(file, size - image.virtual_size)
         qemu_img.resize(file.path, file.program_name, size, "raw", _PREALLOCATION[promise.mode])
 
+    def recover(self, file: DiskFile) -> None:
+        pass
+
     def _hold(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
         written = promise.mode == "full"
         return self.hold(file, image, image.file_size, promise, promise.states, written=written)

@@ -84,7 +84,7 @@ def new(place: Place, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
         mode = 0o644 & ~_umask()
         os.fchmod(file.fd, mode | _MARK)
         _publish(place, file)
-        os.fchmod(file.fd, mode)
+        _take_mark_off(file, mode)
         _sync_folder(place)
 
 
@@ -111,7 +111,7 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
         lock.refuse_users(disk.path, disk.fd, patience=_PATIENCE)
         disk.refuse_changed(stamp)
         _rename_over(disk, file)
-        os.fchmod(file.fd, stat.S_IMODE(os.fstat(disk.fd).st_mode))
+        _take_mark_off(file, stat.S_IMODE(os.fstat(disk.fd).st_mode))
         _sync_folder(disk)
 
 
@@ -350,6 +350,17 @@ def _rename_over(disk: DiskFile, file: NewFile) -> None:
         if disk.stat() is not None:
             raise
         os.replace(file.name, disk.name, src_dir_fd=disk.folder_fd, dst_dir_fd=disk.folder_fd)
+
+
+def _take_mark_off(file: NewFile, mode: int) -> None:
+    """Give a file that is the disk by now its mode; one that keeps our mark is none the worse."""
+    try:
+        os.fchmod(file.fd, mode)
+    except OSError:
+        try:
+            os.fchmod(file.fd, mode)
+        except OSError as exc:
+            log.warn_once("mark", file.path, f"it has the sticky bit, which means nothing on a file: {exc}")
 
 
 def _sync_folder(place: Place) -> None:

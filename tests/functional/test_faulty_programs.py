@@ -75,7 +75,7 @@ def attempt(
 ) -> PreallocationError | None:
     """Do it with the stand-ins; return what went wrong."""
     # Asked once a process.
-    getattr(qemu_img.version, "cache_clear", lambda: None)()
+    qemu_img.forget_version()
     with monkeypatch.context() as patch:
         for name, value in programs.environment.items():
             patch.setenv(name, value)
@@ -83,7 +83,7 @@ def attempt(
         try:
             return disks_module.attempt(verb, path)
         finally:
-            getattr(qemu_img.version, "cache_clear", lambda: None)()
+            qemu_img.forget_version()
 
 
 def require_nothing_lost(verb: Verb, disks: disks_module.Disks, path: pathlib.Path, *, done: bool) -> None:

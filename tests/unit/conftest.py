@@ -23,11 +23,11 @@ from .host import opened_by_qemu
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Forget what the library remembers for the life of a process."""
-    qemu_img.version.cache_clear()
+    qemu_img.forget_version()
     log.forget()
     record.forget()
     yield
-    qemu_img.version.cache_clear()
+    qemu_img.forget_version()
     log.forget()
     record.forget()
 
