@@ -324,10 +324,10 @@ def _rename_to_nothing(place: Place, file: NewFile) -> None:
     # filesystem can rename.
     try:
         os.close(os.open(place.name, _NEW, _MARK | stat.S_IRUSR | stat.S_IWUSR, dir_fd=place.folder_fd))
-    except FileExistsError:
-        raise
     except OSError:
-        # It may have been made all the same.
+        # It may have been made all the same; a kernel tries again after ESTALE,
+        # and finds what it has made. The new file is claimed: no other imgprealloc
+        # is at this.
         if not _is_empty_and_ours(place.stat()):
             raise
     try:

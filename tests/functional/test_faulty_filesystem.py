@@ -72,7 +72,9 @@ def verb(request: pytest.FixtureRequest, disks: disks_module.Disks) -> Verb:
 _OF_A_SYNC = ("opendir", "fsyncdir")
 
 
-def require_nothing_lost(verb: Verb, disks: disks_module.Disks, faulty: FaultyFilesystem, done: bool) -> None:
+def require_nothing_lost(
+    verb: Verb, disks: disks_module.Disks, faulty: FaultyFilesystem, done: bool, failed: object = None
+) -> None:
     """Require that a disk that was there is there, that a new one is whole or absent, and that nothing remains.
 
     What a failed look itself kept from being removed has gone with the next call.
@@ -81,7 +83,7 @@ def require_nothing_lost(verb: Verb, disks: disks_module.Disks, faulty: FaultyFi
     if done:
         disks.require_done(verb, disk)
     elif verb.disk is None:
-        assert not os.path.lexists(disk), "a disk that could not be made is there"
+        assert not os.path.lexists(disk), f"a disk that could not be made is there: {failed}"
     else:
         disks.require_kept(verb, disk)
 
@@ -115,7 +117,7 @@ def strike_each(
         with counts.case(verb, error, "at", at, struck):
             require_told(failed, faulty.mount_point / "disk")
             # A folder that cannot be synced has the new disk all the same, and the error says so.
-            require_nothing_lost(verb, disks, faulty, failed is None or struck.name in _OF_A_SYNC)
+            require_nothing_lost(verb, disks, faulty, failed is None or struck.name in _OF_A_SYNC, failed)
             left = set(faulty.files()) - {"disk"}
             if "-probe-" in struck.path:
                 # It was made, and whoever made it was told that it was not.
