@@ -146,7 +146,7 @@ def remove_leftovers(place: Place) -> None:
             status = place.stat(name)
             if status is not None and _is_ours(status):
                 _remove(place, name)
-        except exceptions.ImageInUse:
+        except exceptions.PreallocationError:
             # The next run sees to it.
             continue
         except OSError as exc:

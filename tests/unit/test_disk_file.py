@@ -297,3 +297,16 @@ def _twin(disk: pathlib.Path) -> pathlib.Path:
     twin.write_bytes(disk.read_bytes())
     os.utime(twin, ns=(disk.stat().st_atime_ns, disk.stat().st_mtime_ns))
     return twin
+
+
+def test_disk_that_its_guest_writes_to_meanwhile_can_be_claimed(disk: pathlib.Path) -> None:
+    real = os.fstat
+
+    def written(fd: int) -> os.stat_result:
+        status = real(fd)
+        with disk.open("ab") as guest:
+            guest.write(b"more")
+        return status
+
+    with fixtures.MockPatchObject(os, "fstat", written), disk_file.claimed(str(disk)) as file:
+        assert file.name == disk.name

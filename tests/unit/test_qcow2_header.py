@@ -303,3 +303,12 @@ def test_bitmaps_that_the_header_does_not_place_are_lost(path: str, autoclear: i
     qcow2_file.write(path, autoclear=autoclear)
 
     assert qcow2_header.has_lost_bitmaps(path) is lost
+
+
+def test_backing_file_s_name_is_read_wherever_it_stands_in_the_first_cluster(path: str) -> None:
+    # A chain with a FIFO in it must not hide behind the first 4096 bytes.
+    qcow2_file.write(path, backing_file="base", backing_format="raw")
+    qcow2_file.patch(path, 8, struct.pack(">Q", 8000))
+    qcow2_file.patch(path, 8000, b"else")
+
+    assert qcow2_header.backing(path) == ("else", "raw")

@@ -456,3 +456,11 @@ def test_looking_for_a_record_writes_nothing(host: Host) -> None:
     record.doubt(path)
 
     assert host.files == ["disk"]
+
+
+def test_raw_wins_also_over_a_second_entry_of_the_same_key(host: Host) -> None:
+    path = host.qcow2()
+    with open(host.path("disk.info"), "w") as file:
+        file.write(f'{{"{path}": "raw", "{path}": "qcow2"}}')
+
+    assert record.note(path) == said("raw")

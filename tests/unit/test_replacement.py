@@ -727,3 +727,31 @@ def test_zeros_that_another_imgprealloc_uses_are_left_to_it(disk: pathlib.Path) 
 def test_zeros_and_the_new_disk_have_different_names(disk: pathlib.Path) -> None:
     with new_disk(disk), zeros(disk, 512):
         assert names(disk) == [TEMPORARY, ZEROS]
+
+
+def test_leftover_that_may_not_be_removed_is_in_nobody_s_way(
+    disk: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.write_bytes(b"old")
+    left = leave(disk)
+    real = os.open
+
+    def forbidden(path: str, *how: Any, **more: Any) -> int:
+        if path == TEMPORARY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *how, **more)
+
+    with disk_file.opened(str(disk)) as file, fixtures.MockPatchObject(os, "open", forbidden):
+        replacement.remove_leftovers(file)
+
+    assert left.exists()
+    assert "killed has left stays" in caplog.text
+
+
+def test_name_too_long_for_ours_has_left_nothing(disk: pathlib.Path) -> None:
+    long = disk.parent / ("d" * 250)
+    long.write_bytes(b"disk")
+
+    with disk_file.opened(str(long)) as file:
+        replacement.remove_leftovers(file)
+        assert replacement.leftovers(file) == []
