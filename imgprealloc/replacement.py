@@ -101,7 +101,12 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
     """
     _refuse_links(disk)
     lock.refuse_users(disk.path, disk.fd)
-    with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX, keep=lambda: disk.stat() is None) as file:
+    tried: list[bool] = []
+
+    def is_all_that_there_is() -> bool:
+        return bool(tried) and disk.stat() is None
+
+    with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX, keep=is_all_that_there_is) as file:
         disk.refuse_changed(stamp)
         yield file
         _settle(file, judge)
@@ -110,6 +115,7 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
         # that the work is done.
         lock.refuse_users(disk.path, disk.fd, patience=_PATIENCE)
         disk.refuse_changed(stamp)
+        tried.append(True)
         _rename_over(disk, file)
         _take_mark_off(file, stat.S_IMODE(os.fstat(disk.fd).st_mode))
         _sync_folder(disk)
