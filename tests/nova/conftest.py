@@ -14,6 +14,7 @@ if os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true") == "false"
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import logging
 import subprocess
 from typing import Any
 
@@ -28,6 +29,16 @@ import pytest
 from imgprealloc import log
 from imgprealloc import record
 import imgprealloc.nova
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Let no more be logged than by default; a test of the command, which logs all, may have run before."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.WARNING)
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
