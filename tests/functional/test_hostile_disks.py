@@ -123,7 +123,7 @@ def test_program_that_prints_without_end_takes_little_memory(room: pathlib.Path)
     ) as process:  # fmt: skip
         assert process.stderr is not None
         try:
-            with hostile_trials.alarm():
+            with hostile_trials.alarm(5 * hostile_trials.HANG):
                 said = process.stderr.read(10 * hostile_disks.MiB)
                 # Also of all that it has waited for.
                 _, status, usage = os.wait4(process.pid, 0)
