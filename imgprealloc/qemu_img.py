@@ -24,8 +24,7 @@ from oslo_utils import units
 from imgprealloc import command
 from imgprealloc import exceptions
 
-# Nova's own for qemu-img info. Neither this nor a check writes but to what it
-# prints to, and one that prints without end is to end.
+# Nova's own for qemu-img info, and that it writes no more than what it may print.
 LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=units.Gi, file_size=command.MOST_PRINTED)
 
 # A check of 1 TiB takes 0.5 s and 25 MB, but also, by chance, up to 64 threads
