@@ -277,20 +277,6 @@ class _Preallocating(_Image):  # type: ignore[misc]
         """Whether the disk is there; one that cannot be looked at is not made anew."""
         return presence.is_there(self.path) if self._is_ours else bool(super().exists())
 
-    def create_image(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
-        """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.
-
-        Nova's own looks once more whether there is one, and takes a look that
-        fails for proof that there is none.
-        """
-        if self._is_ours and self._existed:
-            self._create_base(prepare_template, base, size, *args, **kwargs)
-        else:
-            super().create_image(prepare_template, base, size, *args, **kwargs)
-
-    def _create_base(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
     def get_disk_size(self, name: str) -> int:
         """Return the virtual size of a base image, in bytes; Nova asks twice for each disk.
 
@@ -398,8 +384,15 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
     the end of cache() fills it.
     """
 
-    def _create_base(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
-        """Do what Nova does where the disk is there: grow one that has no image, and fetch the image of another."""
+    def create_image(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
+        """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.
+
+        Nova's own looks once more whether there is one, and takes a look that
+        fails for proof that there is none.
+        """
+        if not (self._is_ours and self._existed):
+            super().create_image(prepare_template, base, size, *args, **kwargs)
+            return
         if "image_id" not in kwargs:
             if size:
                 self.resize_image(size)
@@ -429,20 +422,28 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
 class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
     """Nova's Qcow2 backend: an overlay over the cached image."""
 
-    def _create_base(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
-        """Fetch and check the base image of a disk that is there, by Nova's own code, which makes a spare overlay."""
+    def create_image(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
+        """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.
+
+        Nova's own looks once more whether there is one, and takes a look that
+        fails for proof that there is none. So Nova's own code makes a
+        spare overlay.
+        """
+        if not (self._is_ours and self._existed):
+            super().create_image(prepare_template, base, size, *args, **kwargs)
+            return
         backing_file = base
         with contextlib.suppress(OSError):
             backing_file = qcow2_header.backing(self.path)[0] or base
         if os.path.basename(backing_file) != os.path.basename(base):
             # A base of Nova's old kind, with its size in its name: Nova looks at the disk for that.
-            imagebackend.Qcow2.create_image(self, prepare_template, base, size, *args, **kwargs)
+            super().create_image(prepare_template, base, size, *args, **kwargs)
             return
         path: str = self.path
         # Elsewhere, because the disk's filesystem may be full.
         with tempfile.TemporaryDirectory(prefix="imgprealloc-") as scratch:
             self.path = os.path.join(scratch, os.path.basename(path))
             try:
-                imagebackend.Qcow2.create_image(self, prepare_template, base, size, *args, **kwargs)
+                super().create_image(prepare_template, base, size, *args, **kwargs)
             finally:
                 self.path = path
