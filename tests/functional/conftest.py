@@ -15,6 +15,8 @@ import loop_filesystem
 import pytest
 import tools_needed
 
+from functional import disks as disks_module
+
 MiB = 1 << 20
 
 TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "fallocate", *loop_filesystem.TOOLS)
@@ -73,3 +75,24 @@ def tight(kind: str) -> Iterator[pathlib.Path]:
 def base(folder: pathlib.Path) -> pathlib.Path:
     """Give a raw base image of 24 MiB without a zero in it."""
     return images.random_file(folder / "base.raw", 24 * MiB)
+
+
+# For the tables of faults and kills, on a filesystem that each module mounts as its own ground.
+
+
+@pytest.fixture(scope="module")
+def disks(ground: pathlib.Path) -> disks_module.Disks:
+    """Give a disk of each kind, past all faults."""
+    (ground / "made").mkdir()
+    return disks_module.Disks(ground / "made")
+
+
+@pytest.fixture
+def place(ground: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give an empty folder for the disk."""
+    place = ground / "place"
+    place.mkdir()
+    yield place
+    for left in place.iterdir():
+        left.unlink()
+    place.rmdir()

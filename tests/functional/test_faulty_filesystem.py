@@ -46,13 +46,6 @@ def ground() -> Iterator[pathlib.Path]:
         yield pathlib.Path(mount_point)
 
 
-@pytest.fixture(scope="module")
-def disks(ground: pathlib.Path) -> disks_module.Disks:
-    """Give a disk of each kind, past all faults."""
-    (ground / "made").mkdir()
-    return disks_module.Disks(ground / "made")
-
-
 @pytest.fixture
 def faulty(ground: pathlib.Path) -> Iterator[FaultyFilesystem]:
     """Give the faulty filesystem, empty; a new one, because neither FUSE nor the kernel forgets faults at once."""

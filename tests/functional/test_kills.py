@@ -51,24 +51,6 @@ def ground() -> Iterator[pathlib.Path]:
         yield pathlib.Path(mount_point)
 
 
-@pytest.fixture(scope="module")
-def disks(ground: pathlib.Path) -> disks_module.Disks:
-    """Give a disk of each kind."""
-    (ground / "made").mkdir()
-    return disks_module.Disks(ground / "made")
-
-
-@pytest.fixture
-def place(ground: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give an empty folder for the disk."""
-    place = ground / "place"
-    place.mkdir()
-    yield place
-    for left in place.iterdir():
-        left.unlink()
-    place.rmdir()
-
-
 @pytest.fixture
 def by_name(disks: disks_module.Disks) -> dict[str, Verb]:
     """Give the verbs by their names."""
