@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 # Seconds for what takes a fraction of one: a filesystem may never answer, and
 # an image may name what does not.
 WALL_TIME = 600.0
-# Bytes a second, for what writes: ten times slower than the slowest of disks.
+# Bytes a second, for what writes: slower than any disk that guests run on.
 SLOWEST = 4 * units.Mi
 # Seconds from the request to end to the end.
 _GRACE = 10

@@ -46,16 +46,14 @@ _doubted: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDi
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """What a disk's format is, and who says so.
-
-    :param certain: whether a byte of the disk may be changed on this word
-    """
+    """What a disk's format is, and who says so."""
 
     format: str
     source: Source
 
     @property
     def certain(self) -> bool:
+        """Whether a byte of the disk may be changed on this word."""
         return self.source != "its first bytes"
 
 
