@@ -78,6 +78,10 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
+    def glance(self, file: DiskFile) -> Optional[DiskImage]:
+        """Read a disk without starting a program, if it is plainly preallocated; None for all else."""
+
+    @abc.abstractmethod
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         """Whether a disk has all that the mode can give it."""
 
