@@ -228,11 +228,8 @@ class Qcow2(format.Format):
         first_size = size if kind == "unallocated" else self._size_over(base, size)
         if kind == "copied" and base.size:
             copied_size = min(size, base.size)
-            qemu_img.copy_in(
-                new.path, base.path, base.format, new.program_name, copied_size, options,
-                backing_file=base.path, backing_format=base.format,
-            )  # fmt: skip
-            base.name_in(new)
+            qemu_img.copy_in(new.path, base.path, base.format, new.program_name, copied_size, options)
+            base.put_under(new)
             _refuse_other_size(new, copied_size)
             if copied_size < first_size:
                 qemu_img.resize(
@@ -298,7 +295,7 @@ class Qcow2(format.Format):
             qemu_img.copy_in(file.path, file.program_name, "qcow2", new.program_name, first_size, options, **over)
         else:
             qemu_img.convert(*names, size, "qcow2", options, **over)
-        base.name_in(new)
+        base.put_under(new)
         if kind == "unallocated":
             _mark_zeros(file, image, new, base)
             return
@@ -351,10 +348,10 @@ class _Base:
         """
         return cls(name, place.beside(name), format, backing.virtual_size(place, name, format))
 
-    def name_in(self, new: NewFile) -> None:
-        """Give a new disk, made over the absolute path, the name that its header is to have."""
-        if self.name != self.path:
-            qemu_img.rename_backing_file(new.path, new.program_name, self.name, self.format)
+    def put_under(self, new: NewFile) -> None:
+        """Write its name into a new disk that was made without it, or over its absolute path."""
+        if qcow2_header.backing(new.fd) != (self.name, self.format):
+            qemu_img.name_backing_file(new.path, new.program_name, self.name, self.format)
 
 
 def _mark_zeros(file: DiskFile, image: DiskImage, new: NewFile, base: _Base) -> None:

@@ -125,28 +125,20 @@ def convert(
 
 
 def copy_in(
-    path: str,
-    name: str,
-    format: str,
-    target: str,
-    size: int,
-    options: Mapping[str, str],
-    *,
-    backing_file: str,
-    backing_format: str,
+    path: str, name: str, format: str, target: str, size: int, options: Mapping[str, str], **backing: str
 ) -> None:
-    """Make a qcow2 overlay, and copy into it all that an image reads as, whoever it has it from.
+    """Make a qcow2 image with all that another one reads as, zeros too, whatever that has it from.
 
-    :param name: the image: the backing file itself, or a qcow2 overlay over it
-    :param size: the virtual size, in bytes; not more than the image has
-    :param backing_file: its absolute path, which the new header gets too
+    Without a backing file: over one, qemu-img leaves out what the other has from its own.
+
+    :param size: the virtual size, in bytes; not more than the other has
+    :param backing: the other's backing_file, by its absolute path, and
+        backing_format, where its header is not to be asked
     """
-    image = _alone(name, format) if name == backing_file else _over(name, format, backing_file, backing_format)
-    # Within raw, QEMU sees no backing file whose data it would leave out.
-    source = _csv(_part(image, 0, size))
+    image = _over(name, format, **backing) if backing else _alone(name, format)
     command.run(
-        path, "qemu-img", "convert", "-q", "-S", "0", "--image-opts", "-O", "qcow2",
-        "-B", backing_file, "-F", backing_format, *_options(options), source, target, work=2 * size,
+        path, "qemu-img", "convert", "-q", "-S", "0", "--image-opts", "-O", "qcow2", *_options(options),
+        _csv(_part(image, 0, size)), target, work=2 * size,
     )  # fmt: skip
 
 
@@ -210,8 +202,8 @@ def mark_zeros(
         command.run(path, "qemu-io", "--image-opts", *batch, image)
 
 
-def rename_backing_file(path: str, name: str, backing_file: str, backing_format: str) -> None:
-    """Write another name of the same backing file into a qcow2 header; neither is opened."""
+def name_backing_file(path: str, name: str, backing_file: str, backing_format: str) -> None:
+    """Write the name of a backing file into a qcow2 header; neither is opened."""
     command.run(path, "qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing_file, "-F", backing_format, name)
 
 

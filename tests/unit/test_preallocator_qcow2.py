@@ -77,9 +77,9 @@ def test_what_a_disk_without_a_backing_file_gets_either_way(
         ("allocated", "falloc", ["create", "resize", "fallocate", "sync"], "preallocated"),
         ("allocated", "full", ["create", "resize", "fallocate", "sync"], "preallocated"),
         ("allocated", "metadata", ["create", "sync"], "mapped"),
-        ("copied", "falloc", ["convert", "resize", "fallocate", "sync"], "preallocated"),
-        ("copied", "full", ["convert", "resize", "fallocate", "sync"], "preallocated"),
-        ("copied", "metadata", ["convert", "resize", "sync"], "mapped"),
+        ("copied", "falloc", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
+        ("copied", "full", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
+        ("copied", "metadata", ["convert", "rebase", "resize", "sync"], "mapped"),
     ],
 )
 def test_what_an_overlay_without_anything_in_it_gets(

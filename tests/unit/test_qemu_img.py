@@ -229,7 +229,7 @@ def test_block_device_is_opened_as_one(programs: Programs) -> None:
 
 
 def test_backing_file_gets_another_name_without_being_opened(programs: Programs) -> None:
-    qemu_img.rename_backing_file(DISK, NAME, "base", "raw")
+    qemu_img.name_backing_file(DISK, NAME, "base", "raw")
 
     [call] = programs.calls
     assert call.argv[:2] == ("qemu-img", "rebase")
