@@ -138,7 +138,7 @@ def _forget() -> None:
 
     imgprealloc.nova._base_sizes.clear()
     looks.forget()
-    qemu_img.forget_version()
+    qemu_img.forget()
 
 
 def _first_build(side: Side, image: Any) -> None:

@@ -28,8 +28,10 @@ from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.preallocator import Preallocator
+from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
+from imgprealloc.settings import OverlaySubclusters
 
 __version__ = _metadata.version("imgprealloc")
 
@@ -53,10 +55,12 @@ __all__ = (
     "NoSpace",
     "NotPreallocated",
     "OnUnsupported",
+    "OverlaySubclusters",
     "PreallocationError",
     "Preallocator",
     "ProgramKilled",
     "ProgramMissing",
+    "Progress",
     "QemuImgTooOld",
     "State",
     "UnsupportedFilesystem",

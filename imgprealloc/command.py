@@ -17,12 +17,14 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 from oslo_concurrency import processutils
 from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import os_errors
+from imgprealloc import progress
 
 # Neither qemu-img nor fallocate(1) tells these two by its exit status, and
 # both print strerror(3): under LC_ALL=C this is all that there is to go by.
@@ -39,6 +41,8 @@ _ENVIRONMENT = {
 WALL_TIME = 600.0
 # Bytes a second, for what writes: slower than any disk that guests run on.
 SLOWEST = 4 * units.Mi
+# Seconds between two looks at how far a program has come.
+_BETWEEN_LOOKS = 0.2
 # Seconds from the request to end to the end.
 _GRACE = 10
 
@@ -66,6 +70,7 @@ def run(
     work: int = 0,
     stdin: int | None = None,
     meanwhile: Callable[[], object] | None = None,
+    copied: int | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
 
@@ -81,6 +86,7 @@ def run(
     :param stdin: an open file that the program gets as its standard input
     :param meanwhile: called once the program has been started, without a
         thread, which eventlet may never wake again
+    :param copied: bytes that it copies, and prints percents of
     :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
         meanwhile raises
     """
@@ -96,16 +102,25 @@ def run(
         except Exception as exc:
             # Not before the program has ended.
             raised.append(exc)
+        if copied is not None:
+            # Whoever is told may raise, and thereby end it.
+            progress.tell(0, copied)
+        while copied is not None and process.poll() is None:
+            progress.tell_printed(printed.stdout_so_far, copied)
+            time.sleep(_BETWEEN_LOOKS)
 
-    with _Printed(stdin) as printed:
+    # util-linux' prlimit, because oslo.concurrency's is a Python, which takes
+    # longer to start than most looks at a disk.
+    limited = [] if limits is None else ["prlimit", *limits.prlimit_args()]
+
+    with _Printed(stdin, is_limited=limits is not None) as printed:
         try:
             # coreutils' timeout, because oslo.concurrency's own came late and leaves the program running.
             piped, _ = processutils.execute(
-                "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *argv,
+                "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *limited, *argv,
                 check_exit_code=list(exit_codes),
                 cwd="/",
                 env_variables={**os.environ, **_ENVIRONMENT},
-                prlimit=limits,
                 on_execute=begin,
                 preexec_fn=printed.take_over,
             )  # fmt: skip
@@ -123,6 +138,8 @@ def run(
             raise
         if raised:
             raise raised[0]
+        if copied is not None:
+            progress.tell(copied, copied)
         # Nothing comes through a pipe from a program that is really run.
         return str(piped) + printed.stdout
 
@@ -130,8 +147,10 @@ def run(
 class _Printed:
     """What a program prints, as far as it is kept: files in memory that cannot grow."""
 
-    def __init__(self, stdin: int | None = None) -> None:
+    def __init__(self, stdin: int | None = None, *, is_limited: bool = False) -> None:
         self.stdin = stdin
+        self._is_limited = is_limited
+        self._parent = os.getpid()
 
     def __enter__(self) -> _Printed:
         self._files = [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in ("stdout", "stderr")]
@@ -147,7 +166,15 @@ class _Printed:
 
     def take_over(self) -> None:
         """Put the files in the place of the pipes; called in the new process."""
+        # Of the thread that waits for the program, and so of the process.
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != self._parent:
+            # It has ended before it could be asked for.
+            os._exit(_KILLED)
+        if self._is_limited:
+            # A check prints a line for each cluster that is leaked, to any
+            # number of them: what is too long is refused, and the answer comes.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for fd, standard in zip(self._files, (1, 2)):
             os.dup2(fd, standard)
         if self.stdin is not None:
@@ -155,16 +182,20 @@ class _Printed:
 
     @property
     def stdout(self) -> str:
+        return os.fsdecode(self.stdout_so_far)
+
+    @property
+    def stdout_so_far(self) -> bytes:
         return self._read(self._files[0])
 
     @property
     def stderr(self) -> str:
-        return self._read(self._files[1])
+        return os.fsdecode(self._read(self._files[1]))
 
     @staticmethod
-    def _read(fd: int) -> str:
+    def _read(fd: int) -> bytes:
         # The program's position is ours.
-        return os.fsdecode(os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), MOST_PRINTED), 0))
+        return os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), MOST_PRINTED), 0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -203,9 +234,9 @@ def _failure(
     status = int(exc.exit_code or 0)
     # A part of ours is called by its name.
     name = argv[argv.index("-m") + 1] if "-m" in argv else " ".join(argv[:2])
-    # Under limits the program is started by oslo.concurrency's wrapper, which
-    # ends with 1 where timeout is missing, as the program itself might.
-    for program in ("timeout", argv[0]):
+    # Some of prlimit's releases end with 1 where the program is missing, as the
+    # program itself might.
+    for program in (argv[0],) if limits is None else ("prlimit", argv[0]):
         if (status in _NOT_STARTED or (limits is not None and status == 1)) and shutil.which(program) is None:
             return _missing(path, program, said)
     if status in (_TIMED_OUT, _KILLED):

@@ -21,6 +21,7 @@ from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import os_errors
+from imgprealloc import progress as progresses
 from imgprealloc import promise as promises
 from imgprealloc import record
 from imgprealloc import replacement
@@ -30,6 +31,7 @@ from imgprealloc.format import Existing
 from imgprealloc.format import Format
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
+from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2 import Qcow2
 from imgprealloc.raw import Raw
@@ -90,18 +92,21 @@ class Preallocator(Settings):
         *,
         format: Optional[str] = None,
         backing_format: Optional[str] = None,
+        progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Create a new preallocated disk, qcow2 unless told otherwise.
 
         :param size: virtual size in bytes
         :param backing: the backing file, absolute or relative to path's folder
         :param backing_format: its format, which nobody but the caller knows
+        :param progress: told how far the base's data is copied (overlay_subclusters);
+            what it raises ends the call, and nothing is left of the disk
         :raises: DiskExists, InvalidSize, FormatNotCertain, NoSpace, and what
             inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), disk_file.place(path) as place:
+        with os_errors.translated(path), progresses.told_to(progress), disk_file.place(path) as place:
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
             if place.stat() is not None:
@@ -118,6 +123,7 @@ class Preallocator(Settings):
         format: Optional[str] = None,
         known: Optional[DiskImage] = None,
         turn: Optional[contextlib.AbstractContextManager[Any]] = None,
+        progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
 
@@ -129,12 +135,14 @@ class Preallocator(Settings):
             file has not changed since, but not for replacing it
         :param turn: entered only once there is something to do, and held while
             that is done
+        :param progress: told how far data is copied, where it is; what it raises
+            ends the call, and the disk is as it was
         :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
             what inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), disk_file.claimed(path) as file:
+        with os_errors.translated(path), progresses.told_to(progress), disk_file.claimed(path) as file:
             word = record.word(file, format)
             strategy = self._format(file, word)
             replacement.remove_leftovers(file)

@@ -9,6 +9,7 @@ from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import os_errors
+from imgprealloc import qemu_img
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
 from imgprealloc.settings import Mode
@@ -36,6 +37,16 @@ class Promise:
         return {"nocow": "on"} if self.filesystem.type == "btrfs" else {}
 
     @property
+    def file_options(self) -> dict[str, str]:
+        """What qemu-img is told of a new file on this filesystem.
+
+        With the extent size hint of 1 MiB that it gives each file else, XFS
+        wants as much free to zero a sector, and a full one has none.
+        """
+        has_hint = self.filesystem.type == "xfs" and qemu_img.version() >= qemu_img.EXTENT_SIZE_HINT
+        return {**self.nocow, **({"extent_size_hint": "0"} if has_hint else {})}
+
+    @property
     def states(self) -> tuple[State, ...]:
         """The states that a disk may have of which this is kept."""
         return ("preallocated",) if self.holds_space else ("preallocated", "mapped")
@@ -56,13 +67,13 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
     if on_unsupported == "error":
         raise exceptions.UnsupportedFilesystem(
             place.path,
-            f"the {under.type} filesystem cannot set space aside (mode falloc)",
+            f"the {under.described} cannot set space aside (mode falloc)",
             "Use another filesystem, or set on_unsupported to metadata or full.",
         )
     log.warn_once(
         "no fallocate",
         place.folder,
-        f"the {under.type} filesystem cannot set space aside; "
+        f"the {under.described} cannot set space aside; "
         f"disks in this folder get mode {on_unsupported} instead of falloc",
     )
     return Promise(on_unsupported, under)

@@ -27,6 +27,7 @@ from oslo_utils import units
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import os_errors
+from imgprealloc import subclusters
 from imgprealloc import zeros
 from imgprealloc.filesystem import Filesystem
 
@@ -46,7 +47,7 @@ _METADATA = units.Mi
 _SMALL_HOLES = 56 * units.Ki
 _EMPTY_FILE = 256 * units.Ki
 
-_READERS = ("info", "check", "measure", "--version")
+_READERS = ("info", "check", "measure", "map", "--version")
 
 
 # By their modules.
@@ -60,11 +61,12 @@ _TIMEOUT = ("timeout", "--foreground")
 class Call:
     """A program that was run.
 
-    :param argv: as the program gets it, without the timeout that ends it
+    :param argv: as the program gets it, without the timeout that ends it and the prlimit that limits it
     :param shown: the same, with the names of files for those that stand for
         what this process has open
     :param seconds: after which it would have been ended
     :param stdin: the file that it gets as its standard input
+    :param limits: what it runs under, as prlimit's options; None without prlimit
     :param is_over_zeros: whether it grows an image as if its backing file were zeros
     """
 
@@ -74,6 +76,7 @@ class Call:
     seconds: float = 0.0
     is_over_zeros: bool = False
     stdin: os.stat_result | None = None
+    limits: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -95,9 +98,10 @@ class Call:
         """What was given with -o."""
         return csv(self.after("-o") or "")
 
-    @property
-    def limits(self) -> processutils.ProcessLimits | None:
-        return self.kwargs.get("prlimit")
+
+def limited(limits: processutils.ProcessLimits) -> tuple[str, ...]:
+    """Return what Call.limits is under these limits."""
+    return tuple(limits.prlimit_args())
 
 
 def csv(text: str) -> dict[str, str]:
@@ -117,6 +121,8 @@ class Programs(fixtures.Fixture):
         self.then: dict[str, Callable[[], Any]] = {}
         self._ends: dict[str, tuple[int, str]] = {}
         self._missing: set[str] = set()
+        # False: a program that is missing ends as it is told to.
+        self.fails_to_start = True
 
     def _setUp(self) -> None:
         self.useFixture(fixtures.MockPatch("oslo_concurrency.processutils.execute", self._execute))
@@ -141,7 +147,7 @@ class Programs(fixtures.Fixture):
 
     def _execute(self, *words: str, **kwargs: Any) -> tuple[str, str]:
         assert (words[:2], words[2].partition("=")[0]) == (_TIMEOUT, "--kill-after")
-        argv = words[4:]
+        limits, argv = _unlimited(words[4:])
         stdin = kwargs["preexec_fn"].__self__.stdin
         call = Call(
             argv,
@@ -150,10 +156,11 @@ class Programs(fixtures.Fixture):
             float(words[3]),
             _is_over_zeros(argv),
             None if stdin is None else os.fstat(stdin),
+            limits,
         )
         self.calls.append(call)
-        for program in ("timeout", argv[0]):
-            if program in self._missing:
+        for program in ("timeout", argv[0]) if limits is None else ("timeout", "prlimit", argv[0]):
+            if program in self._missing and self.fails_to_start:
                 self._fail_to_start(call, program)
         kwargs["on_execute"](mock.Mock())
         status, stderr = self._ends.get(call.name, (0, ""))
@@ -168,19 +175,24 @@ class Programs(fixtures.Fixture):
         return None if program in self._missing else f"/usr/bin/{program}"
 
     def _fail_to_start(self, call: Call, program: str) -> None:
-        if program != "timeout":
-            raise failure(call, 127, f"timeout: failed to run command '{program}': No such file or directory")
-        if call.limits is None:
+        if program == "timeout":
             raise FileNotFoundError(2, "No such file or directory", program)
-        raise failure(
-            call, 1, f"python -m oslo_concurrency.prlimit: failed to execute {program}: [Errno 2] No such file"
-        )
+        starter = "timeout" if call.limits is None or program == "prlimit" else "prlimit"
+        raise failure(call, 127, f"{starter}: failed to run command '{program}': No such file or directory")
+
+
+def _unlimited(words: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Take prlimit and its options off a command line."""
+    if words[0] != "prlimit":
+        return None, words
+    end = next(place for place, word in enumerate(words[1:], 1) if not word.startswith("--"))
+    return words[1:end], words[end:]
 
 
 def _is_over_zeros(argv: tuple[str, ...]) -> bool:
     if "--image-opts" not in argv:
         return False
-    return os_errors.shown(csv(argv[-2])["backing.file.filename"]).endswith(ZEROS)
+    return os_errors.shown(csv(argv[-2]).get("backing.file.filename", "")).endswith(ZEROS)
 
 
 def failure(call: Call, status: int, stderr: str) -> processutils.ProcessExecutionError:
@@ -198,10 +210,13 @@ class Disk:
     backing_file: str | None = None
     backing_format: str | None = None
     extended_l2: bool = False
+    # Of its subclusters, most.
+    allocated: bool = False
     mapped: int = 0
     compressed: int = 0
     snapshots: int = 0
     bitmaps: int = 0
+    refcount_bits: int = 16
     encrypted: bool = False
     corrupt: bool = False
     data_file: bool = False
@@ -225,6 +240,8 @@ class Host(Programs):
         self.folder = folder
         self.filesystem = Filesystem("ext4", fallocate=True, copy_on_write=False)
         self.available = units.Ti
+        # What qemu-img map says of any disk.
+        self.map: list[dict[str, Any]] = []
         self.version = "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
         # False: says yes to fallocate and sets nothing aside.
         self.honest = True
@@ -236,6 +253,7 @@ class Host(Programs):
             "info": self._told(self._info),
             "check": self._told(self._check),
             "measure": self._told(self._measure),
+            "map": lambda call: json.dumps(self.map),
             "create": self._create,
             "convert": self._convert,
             "resize": self._resize,
@@ -252,6 +270,7 @@ class Host(Programs):
         self.useFixture(fixtures.MockPatchObject(fallocate, "extents", self._extents))
         # What happens without a process could not be seen.
         self.useFixture(fixtures.MockPatchObject(fallocate, "AT_ONCE", 0))
+        self.useFixture(fixtures.MockPatchObject(subclusters, "mostly_allocated", self._mostly_allocated))
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))
@@ -324,8 +343,11 @@ class Host(Programs):
         extents = [fallocate.Extent(0, disk.shared, shared=True)] if disk.shared else []
         return [*extents, fallocate.Extent(disk.shared, disk.held - disk.shared)]
 
-    def _copies_on_write(self, path: str) -> bool:
-        return self.filesystem.copy_on_write and not self._disks[_key(path)].nocow
+    def _mostly_allocated(self, fd: int, start: int, end: int) -> bool:
+        return self._disks[_key(fd)].allocated
+
+    def _copies_on_write(self, path: str, *, is_shared: bool) -> bool:
+        return self.filesystem.copy_on_write and (is_shared or not self._disks[_key(path)].nocow)
 
     def _take(self, call: Call, disk: Disk, end: int) -> None:
         """Set space aside up to end, as far as there is any."""
@@ -357,37 +379,14 @@ class Host(Programs):
             return {"virtual-size": -(-size // 512) * 512, "filename": path, "format": "raw", "actual-size": disk.held}
         if format != disk.format:
             raise failure(call, 1, f"qemu-img: Could not open '{path}': Image is not in {format} format")
-        data: dict[str, Any] = {
-            "compat": "1.1",
-            "compression-type": "zlib",
-            "lazy-refcounts": False,
-            "refcount-bits": 16,
-            "corrupt": disk.corrupt,
-            "extended-l2": disk.extended_l2,
-        }
-        if disk.bitmaps:
-            data["bitmaps"] = [{"flags": ["auto"], "name": "b", "granularity": 65536}] * disk.bitmaps
-        if disk.data_file:
-            data["data-file"] = "data.raw"
-        info: dict[str, Any] = {
+        return {
             "virtual-size": disk.virtual_size,
             "filename": path,
             "cluster-size": disk.cluster_size,
             "format": disk.format,
             "actual-size": disk.held,
-            "format-specific": {"type": disk.format, "data": data},
             "dirty-flag": False,
         }
-        if disk.encrypted:
-            info["encrypted"] = True
-        if disk.snapshots:
-            info["snapshots"] = [{"id": "1", "name": "s", "vm-state-size": 0}] * disk.snapshots
-        if disk.backing_file is not None:
-            info["backing-filename"] = disk.backing_file
-            info["full-backing-filename"] = os.path.join(os.path.dirname(path), disk.backing_file)
-        if disk.backing_format is not None:
-            info["backing-filename-format"] = disk.backing_format
-        return info
 
     def _check(self, call: Call) -> dict[str, Any]:
         path = json.loads(call.argv[-1].partition(":")[2])["file"]["filename"]
@@ -420,14 +419,25 @@ class Host(Programs):
 
     def _convert(self, call: Call) -> str:
         source, target = call.argv[-2:]
+        size = None
         if "--image-opts" in call.argv:
             image = csv(source)
+            if image["driver"] == "raw":
+                # A part of what is below it.
+                offset, size = int(image["offset"]), int(image["size"])
+                image = {key[len("file.") :]: value for key, value in image.items() if key.startswith("file.")}
+                assert offset + size <= self._disks[_key(image["file.filename"])].virtual_size
             source = image["file.filename"]
-            self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
+            if "backing.file.filename" in image:
+                self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
+        if "-n" in call.argv:
+            assert csv(target)["offset"] == csv(call.argv[-2])["offset"]
+            return ""
         disk = self._disks[_key(source)]
         self._new(
-            call, target, disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"), call.after("-F")
-        )
+            call, target, size or disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"),
+            call.after("-F"),
+        )  # fmt: skip
         return ""
 
     def _new(
@@ -472,6 +482,8 @@ class Host(Programs):
 
     def _resize(self, call: Call) -> str:
         target, size = call.argv[-2], int(call.argv[-1])
+        if "--shrink" in call.argv:
+            return self._shrink(csv(target)["file.filename"], size)
         preallocation = next(word.partition("=")[2] for word in call.argv if word.startswith("--preallocation="))
         image = csv(target) if "--image-opts" in call.argv else None
         path = target if image is None else image["file.filename"]
@@ -501,6 +513,16 @@ class Host(Programs):
             disk.mapped += disk.clusters - clusters
         if preallocation in ("falloc", "full"):
             self._take(call, disk, disk.held + os.path.getsize(path) - length)
+        return ""
+
+    def _shrink(self, path: str, size: int) -> str:
+        disk = self._disks[_key(path)]
+        assert size < disk.virtual_size
+        disk.virtual_size = size
+        disk.mapped = disk.clusters
+        os.truncate(path, size + _METADATA)
+        disk.held = min(disk.held, size + _METADATA)
+        qcow2_file.patch(path, qcow2_file.SIZE_OFFSET, struct.pack(">Q", size))
         return ""
 
     def _rebase(self, call: Call) -> str:
@@ -553,6 +575,8 @@ class Host(Programs):
                 | (qcow2_file.DATA_FILE if disk.data_file else 0)
             ),
             autoclear=qcow2_file.AUTOCLEAR_BITMAPS if disk.bitmaps else 0,
+            bitmaps=disk.bitmaps,
+            refcount_order=disk.refcount_bits.bit_length() - 1,
             l1_filled=0 if filled else None,
         )
 
