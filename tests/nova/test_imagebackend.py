@@ -22,6 +22,7 @@ from oslo_utils import units
 import pytest
 
 import imgprealloc
+from imgprealloc import cluster_map
 from imgprealloc import fallocate
 from imgprealloc import qcow2_header
 from imgprealloc import record
@@ -478,6 +479,7 @@ def test_disk_that_may_not_be_read_is_left_to_nova(
 
     for name in ("virtual_size", "read"):
         monkeypatch.setattr(qcow2_header, name, forbidden)
+    monkeypatch.setattr(cluster_map, "mapped", forbidden)
     made.cache(image, small_base, units.Gi)
 
     assert f"{image.path}: not preallocated" in caplog.text
