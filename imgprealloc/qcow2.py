@@ -133,17 +133,11 @@ class Qcow2(format.Format):
         # In mode metadata QEMU maps clusters that were freed before, and shows
         # the guest what was in them, unless it has to hide a backing file.
         preallocation = "off" if promise.mode == "metadata" else promise.mode
-        base_size = self._base_size(file, image)
         if promise.mode == "metadata":
             over_zeros = qcow2_header.can_zero_clusters(file.fd)
         else:
-            over_zeros = self._has_allocated_subclusters(file, image, base_size)
+            over_zeros = self._has_allocated_subclusters(file, image)
         if not over_zeros or size <= aligned:
-            aligned = _round_up(base_size, image.cluster_size or 1)
-            if image.extended_l2 and image.virtual_size < base_size and aligned < size:
-                # Up to the base's end QEMU has to hide it, and allocates for that; only so far.
-                self._resize(file, image, aligned, preallocation)
-                _refuse_other_size(file, aligned)
             self._resize(file, image, size, preallocation)
         else:
             if aligned > image.virtual_size:
@@ -158,20 +152,17 @@ class Qcow2(format.Format):
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
 
     @staticmethod
-    def _base_size(file: DiskFile, image: DiskImage) -> int:
-        """Return the virtual size, in bytes, of an overlay's backing file; 0 where that is not to be had."""
-        if image.backing_file is None or image.backing_format is None or backing.names_protocol(image.backing_file):
-            return 0
-        return backing.virtual_size(file, image.backing_file, image.backing_format)
-
-    @staticmethod
-    def _has_allocated_subclusters(file: DiskFile, image: DiskImage, base_size: int) -> bool:
+    def _has_allocated_subclusters(file: DiskFile, image: DiskImage) -> bool:
         """Whether an overlay has been made with its subclusters allocated, and so is to grow like that."""
         if not image.extended_l2 or image.backing_file is None:
             return False
-        # Where the base is as long as the disk, only its own part can tell.
-        start = base_size if base_size < image.virtual_size else 0
-        return subclusters.mostly_allocated(file.fd, start, image.virtual_size)
+        base_size = 0
+        if image.backing_format is not None and not backing.names_protocol(image.backing_file):
+            base_size = backing.virtual_size(file, image.backing_file, image.backing_format)
+        cluster_size = image.cluster_size or 1
+        start, end = _round_up(base_size, cluster_size), image.virtual_size // cluster_size * cluster_size
+        # Where no cluster lies beyond the base, only those of its own part can tell.
+        return subclusters.mostly_allocated(file.fd, start if start < end else 0, end)
 
     def recover(self, file: DiskFile) -> None:
         check = qemu_img.check(file.path, file.program_name, "qcow2")

@@ -40,8 +40,10 @@ EXTENT_SIZE_HINT = (5, 1)
 
 # Clusters in one answer of qemu-img map, of some 130 bytes each at the most.
 _MAPPED_AT_ONCE = 4096
-# Words in one call of qemu-io, two an order; a command line ends at 2 MiB.
-_ORDERS_AT_ONCE = 2000
+# Orders in one call of qemu-io; a command line ends at 2 MiB.
+_ORDERS_AT_ONCE = 1000
+# Bytes, for which qemu-io takes memory.
+_READ_AT_ONCE = 4 * units.Mi
 
 # 2: the image is corrupt, 3: it has leaked clusters. Both come with JSON.
 _CHECK_ANSWERS = (0, 2, 3)
@@ -198,16 +200,25 @@ def zeros(
 def mark_zeros(
     path: str, name: str, stretches: Iterable[tuple[int, int]], *, backing_file: str, backing_format: str
 ) -> None:
-    """Mark stretches of a qcow2 overlay as zeros; their clusters stay mapped. They have to read as zeros before.
+    """Mark stretches of a new qcow2 overlay as zeros; their clusters stay mapped.
 
     By qemu-io, which comes with qemu-img: that always lets clusters go
     (QEMU before 9.1), or writes the zeros.
+
+    :raises: CommandFailed also where one of them does not read as zeros; the
+        overlay is worth nothing then
     """
     image = _csv(_over(name, "qcow2", backing_file, backing_format))
-    orders = [word for start, length in stretches for word in ("-c", f"write -q -z {start} {length}")]
+    orders: list[tuple[str, int]] = []
+    for start, length in stretches:
+        for position in range(start, start + length, _READ_AT_ONCE):
+            piece = min(_READ_AT_ONCE, start + length - position)
+            orders.append((f"read -q -P 0 {position} {piece}", piece))
+        orders.append((f"write -q -z {start} {length}", 0))
     for first in range(0, len(orders), _ORDERS_AT_ONCE):
         batch = orders[first : first + _ORDERS_AT_ONCE]
-        command.run(path, "qemu-io", "--image-opts", *batch, image)
+        words = [word for order, _ in batch for word in ("-c", order)]
+        command.run(path, "qemu-io", "--image-opts", *words, image, work=sum(piece for _, piece in batch))
 
 
 def name_backing_file(path: str, name: str, backing_file: str, backing_format: str) -> None:

@@ -71,7 +71,7 @@ class Disks:
         self._made = folder
         for name in ("used", "blank"):
             images.qcow2(folder / name, SIZE, backing=self.base)
-        images.qemu_io(folder / "used", "write -P 0x5a 1M 300k", "write -P 0xa5 3M 64k")
+        images.qemu_io(folder / "used", "write -P 0x5a 1M 300k", "write -P 0xa5 3M 64k", "write -z 1536k 64k")
         images.random_file(folder / "raw", MiB)
         os.truncate(folder / "raw", SIZE)
         self._contents = {name: content(folder / name, format) for name, format in _FORMATS.items()}
@@ -103,8 +103,12 @@ class Disks:
                 overlay=False,
             ),
             Verb(
+                # In which most is done, one step after the other.
                 "create_overlay", None, "qcow2", NEW_SIZE,
-                lambda by, path: by.create(path, NEW_SIZE, base, backing_format="raw"), ("create", *backing),
+                lambda by, path: dataclasses.replace(by, overlay_subclusters="copied").create(
+                    path, NEW_SIZE, base, backing_format="raw"
+                ),
+                ("create", "--overlay-subclusters", "copied", *backing),
             ),
             Verb(
                 "create_raw", None, "raw", NEW_SIZE, lambda by, path: by.create(path, NEW_SIZE, format="raw"),

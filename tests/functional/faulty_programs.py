@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins for qemu-img, fallocate and sync that do as the real ones, but for one sub-command with one fault.
+"""Stand-ins for qemu-img, qemu-io, fallocate and sync that do as the real ones, but for one sub-command with one fault.
 
 They are for a folder that is put first on PATH. Each writes down that it was
 called; what is wrong with which is written into the folder by the test.
@@ -16,7 +16,7 @@ import sys
 
 from functional import processes
 
-PROGRAMS = ("qemu-img", "fallocate", "sync")
+PROGRAMS = ("qemu-img", "qemu-io", "fallocate", "sync")
 
 # What any program may do.
 ANYWHERE = ("hang", "garbage", "flood_stdout", "flood_stderr", "warn_much", "segv", "kill", "nothing")

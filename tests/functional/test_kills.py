@@ -162,9 +162,11 @@ def programs(tmp_path: pathlib.Path) -> FaultyPrograms:
 
 AT_WORK = [
     ("rewrite", "qemu-img", "convert"),
+    ("rewrite", "qemu-io", ""),
     ("rewrite", "sync", ""),
     ("recreate", "qemu-img", "create"),
     ("create", "qemu-img", "create"),
+    ("create_overlay", "qemu-img", "convert"),
     ("create_overlay", "qemu-img", "resize"),
     ("grow", "qemu-img", "resize"),
     ("reserve", "qemu-img", "check"),

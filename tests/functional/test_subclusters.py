@@ -20,6 +20,7 @@ from imgprealloc import Mode
 from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -216,6 +217,17 @@ def test_rewriting_allocates_nothing_that_was_not(folder: pathlib.Path, base_siz
     Preallocator().preallocate(disk, "rewrite", format="qcow2")
 
     assert images.allocated_in_map(disk) <= before
+
+
+def test_map_that_calls_data_zeros_loses_none(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = written(folder, 8 * MiB)
+    before = images.identity(disk)
+    monkeypatch.setattr(qemu_img, "zeros", lambda *_, **__: iter([(64 * KiB, 64 * KiB)]))
+
+    with pytest.raises(exceptions.CommandFailed, match="qemu-io"):
+        Preallocator().preallocate(disk, "rewrite", format="qcow2")
+
+    assert images.identity(disk) == before
 
 
 @pytest.mark.parametrize("subclusters", WITH_DATA)

@@ -640,15 +640,6 @@ def test_overlay_without_allocated_subclusters_grows_without_them(host: Host, su
     assert "--preallocation=falloc" in call.argv
 
 
-def test_what_lies_below_a_longer_base_alone_is_allocated(host: Host) -> None:
-    # QEMU has to hide it from what is new.
-    path = subclustered(host, SIZE, allocated=False, base=SIZE + CLUSTER + 512)
-
-    in_format.qcow2().resize(path, 2 * SIZE)
-
-    assert [call.argv[-1] for call in host.run("resize")] == [str(SIZE + 2 * CLUSTER), str(2 * SIZE)]
-
-
 def test_overlay_in_its_place_is_grown_with_flushes(host: Host) -> None:
     in_format.qcow2().resize(subclustered(host, SIZE), 2 * SIZE)
 
