@@ -51,7 +51,7 @@ class Course:
 
 
 FULL = Course((10, 40, 160, 640, 1024, 4096), (1, 10, 100, 1000), (1, 100, 10_000, 100_000, 1_000_000))
-SHORT = Course((10, 160, 1024), (1, 10, 50), (1, 1000, 100_000))
+SHORT = Course((10, 40, 160), (1, 10, 50), (1, 1000, 100_000))
 
 
 def measure(kind: str, course: Course) -> list[Growth]:
@@ -134,7 +134,7 @@ def table(found: Sequence[Growth]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ground.parser(__doc__, "up to 1 TiB, 50 disks and 100,000 extents")
+    parser = ground.parser(__doc__, "up to 160 GiB, 50 disks and 100,000 extents")
     ground.filesystems(parser)
     args = parser.parse_args(arguments)
     found = []

@@ -20,6 +20,7 @@ from typing import Any
 import costs
 import goals
 import operations
+from operations import Pairs
 import pairs
 import phases
 import plots
@@ -58,9 +59,9 @@ How it is measured
 
 * All disks that are compared are there at the same time, on one filesystem on a
   loop device, all of which was written to before. They take turns of some hundred
-  requests, back and forth. Each turn gives one ratio, to what stock Nova's disk
-  did in the same turn; told are the median of these ratios and, in brackets, their
-  quartiles.
+  requests, in another order each time. Each turn gives one ratio, to what stock
+  Nova's disk did in the same turn; told are the median of these ratios and, in
+  brackets, their quartiles.
 * A disk's first half lies over a base image that is full of data, the second half
   beyond its end. "fsync" is one request at a time, with a flush after each
   write; "QD16" is 16 at a time without. Disks are opened by ``qemu-nbd`` with
@@ -136,9 +137,13 @@ class Results:
     form: str
     guest_io: Sequence[turns.Series]
     cluster_sizes: Sequence[turns.Series]
-    operations: Sequence[operations.Pairs]
+    operations: Sequence[Pairs]
     costs: Sequence[costs.Growth]
-    builds: Sequence[Mapping[str, Any]]
+    builds: Sequence[Pairs]
+
+    @property
+    def all_operations(self) -> list[Pairs]:
+        return [*self.builds, *self.operations]
 
 
 def read(text: str) -> Results:
@@ -148,9 +153,9 @@ def read(text: str) -> Results:
     """
     found = json.loads(text)
 
-    def both(row: dict[str, Any]) -> operations.Pairs:
+    def both(row: dict[str, Any]) -> Pairs:
         sides = {side: [operations.Cost(**cost) for cost in row[side]] for side in ("stock", "ours")}
-        return operations.Pairs(row["filesystem"], row["operation"], row["disk"], **sides)
+        return Pairs(row["filesystem"], row["operation"], row["disk"], **sides)
 
     return Results(
         found["facts"],
@@ -159,8 +164,14 @@ def read(text: str) -> Results:
         [turns.Series(**row) for row in found.get("cluster_sizes", ())],
         [both(row) for row in found.get("operations", ())],
         [costs.Growth(**row) for row in found.get("costs", ())],
-        found.get("builds", ()),
+        [_build(row) for row in found.get("builds", ())],
     )
+
+
+def _build(row: Mapping[str, Any]) -> Pairs:
+    """Read what build_time.py tells, which is times alone."""
+    sides = [[operations.Cost(taken, 0, 0) for taken in row[f"{side}_seconds"]] for side in ("stock", "imgprealloc")]
+    return Pairs(row["filesystem"], row["disk"], "imgprealloc", *sides)
 
 
 def page(results: Results) -> str:
@@ -169,8 +180,8 @@ def page(results: Results) -> str:
         form=results.form,
         facts="\n".join(f":{key}: {value}" for key, value in results.facts.items()),
         noise=_noise(results.guest_io),
-        goals=_goals(goals.all_goals(results.guest_io, results.operations)),
-        losses=_losses(goals.losses(results.guest_io, results.operations)),
+        goals=_goals(goals.all_goals(results.guest_io, results.all_operations)),
+        losses=_losses(goals.losses(results.guest_io, results.all_operations)),
         guest_io=_guest_io(results.guest_io),
         cluster_sizes=_guest_io_tables(results.cluster_sizes),
         operations=_operations(results.operations),
@@ -273,7 +284,7 @@ def _ratios(series: Sequence[turns.Series]) -> str:
     return _table(("disk", *(one.phase for one in series)), rows)
 
 
-def _operations(found: Sequence[operations.Pairs]) -> str:
+def _operations(found: Sequence[Pairs]) -> str:
     if not found:
         return _NONE
     rows = [
@@ -284,15 +295,14 @@ def _operations(found: Sequence[operations.Pairs]) -> str:
     return _table(("on", "operation", "disk", "stock Nova", "imgprealloc", "ratio of the times"), rows)
 
 
-def _builds(found: Sequence[Mapping[str, Any]]) -> str:
+def _builds(found: Sequence[Pairs]) -> str:
     if not found:
         return _NONE
     rows = []
-    for build in found:
-        stock, ours = build["stock_seconds"], build["imgprealloc_seconds"]
-        medians = (f"{pairs.spread(side).median:.3f} s" for side in (stock, ours))
-        rows.append((build["disk"], *medians, str(pairs.ratio(ours, stock))))
-    return _table(("what", "stock Nova", "imgprealloc", "ratio"), rows)
+    for both in found:
+        medians = (f"{pairs.spread([cost.seconds for cost in side]).median:.3f} s" for side in (both.stock, both.ours))
+        rows.append((both.filesystem, both.operation, *medians, str(operations.seconds(both))))
+    return _table(("on", "what", "stock Nova", "imgprealloc", "ratio"), rows)
 
 
 def _costs(found: Sequence[costs.Growth]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that take turns: each phase goes over all of them, in short turns, back and forth.
+"""Disks that take turns: each phase goes over all of them in short turns.
 
 fio is the guest; what it talks to is in served.
 """
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ from phases import Phase
 from phases import Place
 import served
 from subjects import Subject
+
+_ORDER = random.Random(0)
 
 
 @dataclasses.dataclass
@@ -82,8 +85,8 @@ def _measured(
 ) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {title: [] for title in uris}
     for turn in range(course.turns):
-        # Back and forth, so that none always follows the same.
-        for title in uris if turn % 2 else reversed(list(uris)):
+        # In another order each time, so that none always follows the same.
+        for title in _ORDER.sample(list(uris), len(uris)):
             ground.settle(mount_point)
             rates[title].append(_rate(uris[title], phase, place, load, course, turn))
     return rates

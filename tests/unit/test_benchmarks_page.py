@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -87,6 +88,8 @@ def test_ten_times_as_many_are_as_far_to_the_right_everywhere() -> None:
     drawn = plots.lines("title", "disks", {"show": [(1, 0.1), (10, 1), (100, 10)]})
 
     places = _circles(drawn)[:3]
+    assert places[0][0] < places[1][0]
+    assert places[0][1] > places[1][1]
     assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2)
     assert places[0][1] - places[1][1] == pytest.approx(places[1][1] - places[2][1], abs=0.2)
 
@@ -95,7 +98,7 @@ def test_page_has_ratios_goals_losses_and_noise() -> None:
     made = page.page(_results(guest_io=[_series()]))
 
     assert "100 a second" in made
-    assert "0.50 (0.50-0.50)" in made
+    assert f"{_OURS}  0.50 (0.50-0.50)\n" in made
     assert "NOT MET in 1 of 1" in made
     assert f"{_OURS}  ext4, QD16: first writes, over the base  0.50" in made
     assert "between 1.00 and 1.00, and from quartile to quartile it was mostly\n0.10" in made
@@ -120,6 +123,17 @@ def test_page_tells_what_operations_and_sizes_cost() -> None:
 
     assert f"live snapshot  {_OURS}  1.00 s, 1 MiB, 3  2.00 s, 2 MiB, 4  2.00 (2.00-2.00)" in made
     assert "making a disk  10 GiB  0.250 s" in made
+
+
+def test_build_that_takes_too_long_misses_its_goal() -> None:
+    build = {"filesystem": "xfs", "disk": "overlay, 40 GiB", "stock_seconds": [1, 2], "imgprealloc_seconds": [3, 6]}
+
+    made = page.page(_results(builds=[build]))
+
+    assert "xfs  overlay, 40 GiB  1.500 s     4.500 s      3.00 (3.00-3.00)" in made
+    assert re.search(
+        r"^overlay, 40 GiB: no slower than stock Nova +at most 1.05 +NOT MET in 1 of 1", made, re.MULTILINE
+    )
 
 
 def test_every_plot_that_the_page_shows_is_drawn() -> None:
