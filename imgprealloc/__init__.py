@@ -30,6 +30,7 @@ from imgprealloc.image import State
 from imgprealloc.preallocator import Preallocator
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
+from imgprealloc.settings import OverlaySubclusters
 
 __version__ = _metadata.version("imgprealloc")
 
@@ -53,6 +54,7 @@ __all__ = (
     "NoSpace",
     "NotPreallocated",
     "OnUnsupported",
+    "OverlaySubclusters",
     "PreallocationError",
     "Preallocator",
     "ProgramKilled",

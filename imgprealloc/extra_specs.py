@@ -7,8 +7,6 @@ Apart from imgprealloc.nova because nova-api has no use for a libvirt driver.
 
 from __future__ import annotations
 
-from typing import get_args
-
 from nova.api.validation.extra_specs import base
 
 from imgprealloc import opts
@@ -19,12 +17,13 @@ def register() -> list[base.ExtraSpecValidator]:
     """Return the validators, as Nova calls them."""
     return [
         base.ExtraSpecValidator(
-            name=opts.MODE_EXTRA_SPEC,
-            description="How the local disks of instances are preallocated, instead of [imgprealloc] mode.",
+            name=opts.EXTRA_SPECS[field.name],
+            description=f"Instead of [imgprealloc] {field.name}. {field.metadata['help'].strip().splitlines()[0]}",
             value={
                 "type": str,
-                "description": "A preallocation mode of qemu-img.",
-                "enum": list(get_args(settings.Mode)),
+                "description": "One of those that nova.conf knows.",
+                "enum": list(field.metadata["choices"]),
             },
         )
+        for field in settings.by_flavor()
     ]

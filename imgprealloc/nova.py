@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver
@@ -167,18 +167,21 @@ def _is_instance_disk(path: str) -> bool:
 def _preallocator(instance: Any) -> Preallocator:
     """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
     extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
-    mode = extra_specs.get(opts.MODE_EXTRA_SPEC)
-    if mode is not None and mode not in get_args(settings.Mode):
-        # Nova's API validates extra specs from its version 2.86 on, and an
-        # instance keeps its flavor for life.
-        log.warn_once(
-            str(mode),
-            opts.MODE_EXTRA_SPEC,
-            f"a flavor has {mode!r}, which is no mode; [imgprealloc] mode is taken instead",
-        )
-        mode = None
-    strategy = opts.preallocator_from(CONF)
-    return strategy if mode is None else strategy.with_mode(mode)
+    chosen = {}
+    for field in settings.by_flavor():
+        extra_spec = opts.EXTRA_SPECS[field.name]
+        value = extra_specs.get(extra_spec)
+        if value in field.metadata["choices"]:
+            chosen[field.name] = value
+        elif value is not None:
+            # Nova's API validates extra specs from its version 2.86 on, and an
+            # instance keeps its flavor for life.
+            log.warn_once(
+                str(value),
+                extra_spec,
+                f"a flavor has {value!r}, which is no {field.name}; [imgprealloc] {field.name} is taken instead",
+            )
+    return opts.preallocator_from(CONF, chosen)
 
 
 def _existing_disks() -> Existing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 from oslo_config import cfg
@@ -15,8 +16,8 @@ from imgprealloc.preallocator import Preallocator
 
 GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
 
-# A flavor's own mode.
-MODE_EXTRA_SPEC = "imgprealloc:mode"
+# A flavor's own choices: the setting's field, and the name of its extra spec.
+EXTRA_SPECS = {field.name: f"{GROUP.name}:{field.name}" for field in settings.by_flavor()}
 
 
 def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
@@ -81,6 +82,10 @@ def validate(conf: cfg.ConfigOpts) -> None:
         getattr(conf.imgprealloc, option.dest)
 
 
-def preallocator_from(conf: cfg.ConfigOpts) -> Preallocator:
-    """Return the Preallocator that conf.imgprealloc describes."""
-    return Preallocator(**{field.name: getattr(conf.imgprealloc, field.name) for field in settings.fields()})
+def preallocator_from(conf: cfg.ConfigOpts, chosen: Mapping[str, Any] = MappingProxyType({})) -> Preallocator:
+    """Return the Preallocator that conf.imgprealloc describes.
+
+    :param chosen: what a flavor has instead, by the settings' names
+    """
+    named = {field.name: getattr(conf.imgprealloc, field.name) for field in settings.fields()}
+    return Preallocator(**{**named, **chosen})

@@ -9,6 +9,7 @@ from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import os_errors
+from imgprealloc import qemu_img
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
 from imgprealloc.settings import Mode
@@ -34,6 +35,16 @@ class Promise:
     def nocow(self) -> dict[str, str]:
         """The qemu-img option that stops copy on write, where there is one."""
         return {"nocow": "on"} if self.filesystem.type == "btrfs" else {}
+
+    @property
+    def file_options(self) -> dict[str, str]:
+        """What qemu-img is told of a new file on this filesystem.
+
+        With the extent size hint of 1 MiB that it gives each file else, XFS
+        wants as much free to zero a sector, and a full one has none.
+        """
+        has_hint = self.filesystem.type == "xfs" and qemu_img.version() >= qemu_img.EXTENT_SIZE_HINT
+        return {**self.nocow, **({"extent_size_hint": "0"} if has_hint else {})}
 
     @property
     def states(self) -> tuple[State, ...]:

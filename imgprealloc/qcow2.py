@@ -18,6 +18,7 @@ from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
 from imgprealloc import reading
 from imgprealloc import replacement
+from imgprealloc import subclusters
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
@@ -30,6 +31,7 @@ from imgprealloc.promise import require_space
 from imgprealloc.qcow2_header import Blank
 from imgprealloc.replacement import NewFile
 from imgprealloc.settings import Mode
+from imgprealloc.settings import OverlaySubclusters
 
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _PROTOCOL = "is named by a protocol of QEMU's"
@@ -127,11 +129,17 @@ class Qcow2(format.Format):
         # In mode metadata QEMU maps clusters that were freed before, and shows
         # the guest what was in them, unless it has to hide a backing file.
         preallocation = "off" if promise.mode == "metadata" else promise.mode
+        base_size = self._base_size(file, image)
         if promise.mode == "metadata":
             over_zeros = qcow2_header.can_zero_clusters(file.fd)
         else:
-            over_zeros = image.extended_l2 and image.backing_file is not None
+            over_zeros = self._has_allocated_subclusters(file, image, base_size)
         if not over_zeros or size <= aligned:
+            aligned = _round_up(base_size, image.cluster_size or 1)
+            if image.extended_l2 and image.virtual_size < base_size and aligned < size:
+                # Up to the base's end QEMU has to hide it, and allocates for that; only so far.
+                self._resize(file, image, aligned, preallocation)
+                _refuse_other_size(file, aligned)
             self._resize(file, image, size, preallocation)
         else:
             if aligned > image.virtual_size:
@@ -144,6 +152,22 @@ class Qcow2(format.Format):
         if image.state == "reserved" and promise.holds_space:
             grown = self.read(file)
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
+
+    @staticmethod
+    def _base_size(file: DiskFile, image: DiskImage) -> int:
+        """Return the virtual size, in bytes, of an overlay's backing file; 0 where that is not to be had."""
+        if image.backing_file is None or image.backing_format is None or backing.names_protocol(image.backing_file):
+            return 0
+        return backing.virtual_size(file, image.backing_file, image.backing_format)
+
+    @staticmethod
+    def _has_allocated_subclusters(file: DiskFile, image: DiskImage, base_size: int) -> bool:
+        """Whether an overlay has been made with its subclusters allocated, and so is to grow like that."""
+        if not image.extended_l2 or image.backing_file is None:
+            return False
+        # Where the base is as long as the disk, only its own part can tell.
+        start = base_size if base_size < image.virtual_size else 0
+        return subclusters.mostly_allocated(file.fd, start, image.virtual_size)
 
     def recover(self, file: DiskFile) -> None:
         check = qemu_img.check(file.path, file.program_name, "qcow2")
@@ -187,53 +211,102 @@ class Qcow2(format.Format):
 
     def _write(self, place: Place, new: NewFile, blank: Blank, options: dict[str, str], promise: Promise) -> None:
         """Fill a new file with a disk that holds nothing."""
-        size = first_size = blank.virtual_size
+        size = blank.virtual_size
         if promise.mode != "metadata":
             require_space(place, size)
-        if blank.backing_file is not None:
-            base_size = backing.virtual_size(place, blank.backing_file, str(blank.backing_format))
-            if promise.mode != "metadata":
-                # What lies beyond the base's end is made by growing. The
-                # cluster with the base's last bytes has to be there before:
-                # grown, it would read as zeros.
-                first_size = min(size, _round_up(max(base_size, 1), self.settings.overlay_cluster_size))
-        qemu_img.create(
-            new.path, new.program_name, first_size, "qcow2", options,
-            backing_file=blank.backing_file, backing_format=blank.backing_format,
-        )  # fmt: skip
+        if blank.backing_file is None:
+            qemu_img.create(new.path, new.program_name, size, "qcow2", options)
+        else:
+            base = _Base.of(place, blank.backing_file, str(blank.backing_format))
+            self._write_overlay(place, new, base, size, options, promise)
+        format.fill(new, os.fstat(new.fd).st_size, promise)
+
+    def _write_overlay(
+        self, place: Place, new: NewFile, base: _Base, size: int, options: dict[str, str], promise: Promise
+    ) -> None:
+        kind = self._subclusters(promise)
+        first_size = size if kind == "unallocated" else self._size_over(base, size)
+        if kind == "copied" and base.size:
+            copied_size = min(size, base.size)
+            qemu_img.copy_in(new.path, base.path, base.format, new.program_name, copied_size, options)
+            base.put_under(new)
+            _refuse_other_size(new, copied_size)
+            if copied_size < first_size:
+                qemu_img.resize(
+                    new.path, new.program_name, first_size, "qcow2", promise.mode,
+                    backing_file=base.path, backing_format=base.format,
+                )  # fmt: skip
+        else:
+            qemu_img.create(
+                new.path, new.program_name, first_size, "qcow2", options,
+                backing_file=base.name, backing_format=base.format,
+            )  # fmt: skip
+        self._allocate_rest(place, new, first_size, size, promise)
+
+    def _subclusters(self, promise: Promise) -> OverlaySubclusters:
+        """Return how far the subclusters of an overlay go; growing without space allocates none."""
+        kind = self.settings.overlay_subclusters
+        return "unallocated" if kind == "allocated" and promise.mode == "metadata" else kind
+
+    def _size_over(self, base: _Base, size: int) -> int:
+        """Return how far a disk is made over its base before the rest is made by growing.
+
+        The cluster with the base's last bytes has to be there before: grown, it
+        would read as zeros.
+        """
+        return min(size, _round_up(max(base.size, 1), self.settings.overlay_cluster_size))
+
+    @staticmethod
+    def _allocate_rest(place: Place, new: NewFile, first_size: int, size: int, promise: Promise) -> None:
+        """Grow an overlay beyond its base so that its subclusters are allocated there."""
         _refuse_other_size(new, first_size)
         if first_size < size:
             with replacement.zeros(place, size) as zeros:
                 qemu_img.resize_over_zeros(
                     new.path, new.program_name, size, zeros.program_name, promise.mode, flush=False
                 )
-        format.fill(new, os.fstat(new.fd).st_size, promise)
 
     def _rewrite(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
         if promise.mode != "metadata":
             require_space(file, image.virtual_size)
         options = self._options(promise, image.backing_file, image.cluster_size)
-        base: Optional[str] = None
+        base: Optional[_Base] = None
         if image.backing_file is not None:
-            backing.virtual_size(file, image.backing_file, str(image.backing_format))
-            base = file.beside(image.backing_file)
+            base = _Base.of(file, image.backing_file, str(image.backing_format))
 
         def write(new: NewFile) -> None:
-            qemu_img.convert(
-                file.path, file.program_name, new.program_name, image.virtual_size, "qcow2", options,
-                backing_file=base, backing_format=image.backing_format,
-            )  # fmt: skip
-            if base is not None and base != image.backing_file:
-                qemu_img.rename_backing_file(
-                    file.path, new.program_name, str(image.backing_file), str(image.backing_format)
-                )
+            if base is None:
+                qemu_img.convert(file.path, file.program_name, new.program_name, image.virtual_size, "qcow2", options)
+            else:
+                self._rewrite_overlay(file, image, new, base, options, promise)
             format.fill(new, os.fstat(new.fd).st_size, promise)
 
         asked = Geometry(image.virtual_size, int(options["cluster_size"]), image.backing_file, image.backing_format)
         return self.put(functools.partial(replacement.replacing, file, image.stamp), asked, promise, write)
 
+    def _rewrite_overlay(
+        self, file: DiskFile, image: DiskImage, new: NewFile, base: _Base, options: dict[str, str], promise: Promise
+    ) -> None:
+        kind = self._subclusters(promise)
+        names, size = (file.path, file.program_name, new.program_name), image.virtual_size
+        over = {"backing_file": base.path, "backing_format": base.format}
+        first_size = self._size_over(base, size)
+        if kind == "copied":
+            qemu_img.copy_in(file.path, file.program_name, "qcow2", new.program_name, first_size, options, **over)
+        else:
+            qemu_img.convert(*names, size, "qcow2", options, **over)
+        base.put_under(new)
+        if kind == "unallocated":
+            _mark_zeros(file, image, new, base)
+            return
+        if kind == "allocated" and first_size < size:
+            qemu_img.shrink(file.path, new.program_name, first_size, **over)
+        self._allocate_rest(file, new, first_size, size, promise)
+        if first_size < size:
+            qemu_img.copy_tail(*names, first_size, size, **over)
+
     def _options(self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int]) -> dict[str, str]:
-        options = {**promise.nocow, "preallocation": promise.mode}
+        options = {**promise.file_options, "preallocation": promise.mode}
         if backing_file is not None:
             # Only subclusters can be mapped and still let the base show
             # through. The base's own cluster size has no say in it.
@@ -251,6 +324,48 @@ class Qcow2(format.Format):
         if not promise.holds_space or available >= image.virtual_size or image.shortfall > available:
             return None
         return _NO_ROOM
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """An overlay's backing file.
+
+    :param name: as the header has it
+    :param path: absolute
+    :param size: its virtual size, in bytes
+    """
+
+    name: str
+    path: str
+    format: str
+    size: int
+
+    @classmethod
+    def of(cls, place: Place, name: str, format: str) -> _Base:
+        """Look at it, and at its own.
+
+        :raises: BackingFileUnusable, and what backing.virtual_size() raises
+        """
+        return cls(name, place.beside(name), format, backing.virtual_size(place, name, format))
+
+    def put_under(self, new: NewFile) -> None:
+        """Write its name into a new disk that was made without it, or over its absolute path."""
+        if qcow2_header.backing(new.fd) != (self.name, self.format):
+            qemu_img.name_backing_file(new.path, new.program_name, self.name, self.format)
+
+
+def _mark_zeros(file: DiskFile, image: DiskImage, new: NewFile, base: _Base) -> None:
+    """Mark in a copy what its original had marked as zeros, which the copy has as data.
+
+    Without it a snapshot would copy these zeros.
+    """
+    over = {"backing_file": base.path, "backing_format": base.format}
+    end = min(base.size, image.virtual_size)
+    stretches = list(qemu_img.zeros(file.path, file.program_name, image.cluster_size or 1, end, **over))
+    try:
+        qemu_img.mark_zeros(file.path, new.program_name, stretches, **over)
+    except exceptions.ProgramMissing as exc:
+        log.warn_once("zeros", file.path, f"snapshots of it copy some zeros: {exc}")
 
 
 def _holds_nothing(image: DiskImage) -> bool:

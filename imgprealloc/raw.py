@@ -57,7 +57,7 @@ class Raw(format.Format):
             raise exceptions.UnsupportedFormat(place.path, "a raw disk has no backing file", "Create it as qcow2.")
         if promise.mode != "metadata":
             require_space(place, size)
-        options = {**promise.nocow, "preallocation": _PREALLOCATION[promise.mode]}
+        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
         return self.put(
             functools.partial(replacement.new, place),
             Geometry(size),
@@ -79,7 +79,7 @@ class Raw(format.Format):
 
     def _copy(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
         require_space(file, image.virtual_size)
-        options = {**promise.nocow, "preallocation": _PREALLOCATION[promise.mode]}
+        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
         return self.put(
             functools.partial(replacement.replacing, file, image.stamp),
             Geometry(image.virtual_size),

@@ -15,15 +15,17 @@ from oslo_utils import units
 
 Mode = Literal["falloc", "full", "metadata"]
 OnUnsupported = Literal["metadata", "full", "error"]
+OverlaySubclusters = Literal["unallocated", "allocated", "copied"]
 
 
-def described(choices: Mapping[Any, str], help: str) -> dict[str, Any]:
+def described(choices: Mapping[Any, str], help: str, *, by_flavor: bool = False) -> dict[str, Any]:
     """Say of a setting what it does.
 
     :param choices: all the values that it may have, and what each does
     :param help: for the operator; its first line is also the command's
+    :param by_flavor: whether a flavor may choose for its instances
     """
-    return {"choices": choices, "help": help}
+    return {"choices": choices, "help": help, "by_flavor": by_flavor}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ How instance disks are preallocated, in the words of qemu-img.
 Takes effect where ``preallocate_images`` in ``[DEFAULT]`` is ``space``. A
 flavor may choose its own mode with the extra spec ``imgprealloc:mode``.
 """,
+            by_flavor=True,
         ),
     )
     on_unsupported: OnUnsupported = dataclasses.field(
@@ -63,6 +66,29 @@ What to do in mode ``falloc`` on a filesystem that cannot set space aside.
 
 Among these are NFS before 4.2, ext2, ext3, and ZFS.
 """,
+        ),
+    )
+    overlay_subclusters: OverlaySubclusters = dataclasses.field(
+        default="unallocated",
+        metadata=described(
+            {
+                "unallocated": "Nothing: the base image shows through. A first write to a place updates the cluster "
+                "map. Snapshots and block migrations copy what the guest has written, as with stock Nova.",
+                "allocated": "What lies beyond the base image's end. First writes there are as fast as on raw. Live "
+                "and cold snapshots and block migrations copy all of that, written or not, and need the space for it.",
+                "copied": "Everything: the base image's data is copied into the disk as it is made. First writes are "
+                "as fast as on raw everywhere. A build takes as long as that copy, and snapshots and block migrations "
+                "copy the whole disk.",
+            },
+            """
+What of an overlay is allocated in its cluster map before its guest writes.
+
+All of an overlay's clusters are mapped, and their space held, whichever is
+chosen. A flavor may choose with the extra spec
+``imgprealloc:overlay_subclusters``. An overlay that exists keeps what it is
+when it grows.
+""",
+            by_flavor=True,
         ),
     )
     # 128 KiB: 4 KiB subclusters, so that a guest's 4 KiB write copies nothing from the base.
@@ -85,6 +111,11 @@ need more metadata; larger ones copy when a guest writes 4 KiB.
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if value not in choices:
                 raise ValueError(f"{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def by_flavor() -> tuple[dataclasses.Field[Any], ...]:
+    """List the settings that a flavor may choose for its instances."""
+    return tuple(field for field in fields() if field.metadata["by_flavor"])
 
 
 def fields(settings: type[Settings] = Settings) -> tuple[dataclasses.Field[Any], ...]:

@@ -111,6 +111,11 @@ def allocated_from(path: StrPath) -> int:
     return start
 
 
+def allocated_in_map(path: StrPath) -> int:
+    """Return how many bytes an image itself has data for, which is what a mirror of its top copies."""
+    return sum(extent["length"] for extent in extents(path) if not extent["depth"] and extent["data"])
+
+
 def held(path: StrPath) -> int:
     """Return how many bytes the filesystem has set aside for a file's data."""
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path))

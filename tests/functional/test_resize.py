@@ -17,6 +17,7 @@ import pytest
 from functional import kinds
 from functional.modes import MODES
 from imgprealloc import Mode
+from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 
@@ -64,13 +65,18 @@ def pair(folder: pathlib.Path) -> MakePair:
     """Give a function that makes a preallocated overlay and a plain one, with the same data in them."""
 
     def pair(
-        base_size: int, size: int, mode: Mode = "falloc", format: str = "raw"
+        base_size: int,
+        size: int,
+        mode: Mode = "falloc",
+        format: str = "raw",
+        subclusters: OverlaySubclusters = "unallocated",
     ) -> tuple[pathlib.Path, pathlib.Path]:
         base = images.random_file(folder / "base", base_size)
         if format == "qcow2":
             base = images.qcow2_of(folder / "base.qcow2", base)
         plain = images.qcow2(folder / "plain", size, backing=base, backing_format=format)
-        Preallocator(mode).create(folder / "disk", size, str(base), backing_format=format)
+        strategy = Preallocator(mode, overlay_subclusters=subclusters)
+        strategy.create(folder / "disk", size, str(base), backing_format=format)
         for disk in (plain, folder / "disk"):
             images.qemu_io(disk, "write -P 0x5a 0 512", f"write -P 0xa5 {size - 512} 512")
         return folder / "disk", plain
@@ -128,16 +134,42 @@ def test_grown_overlay_is_preallocated_and_clean(pair: MakePair, base_size: int,
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
-def test_grown_part_has_its_subclusters_allocated(
+def test_grown_part_of_an_overlay_with_allocated_subclusters_has_them_too(
     pair: MakePair, base_size: int, old: int, new: int, mode: Mode
 ) -> None:
-    disk, _ = pair(base_size, old, mode)
+    disk, _ = pair(base_size, old, mode, subclusters="copied")
 
     Preallocator(mode).resize(disk, new, format="qcow2")
 
     # From the next cluster on, unless the base is longer than the old disk
     # and ends behind it: then all of the grown part hides it.
     assert images.allocated_from(disk) <= min(-(-old // (128 * KiB)) * 128 * KiB, new)
+
+
+@pytest.mark.parametrize("subclusters", ["allocated", "copied"])
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_grown_overlay_with_allocated_subclusters_reads_like_one_grown_by_qemu(
+    pair: MakePair, base_size: int, old: int, new: int, subclusters: OverlaySubclusters
+) -> None:
+    disk, plain = pair(base_size, old, subclusters=subclusters)
+    grow_plainly(plain, new)
+
+    Preallocator().resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("subclusters", ["unallocated", "allocated", "copied"])
+def test_overlay_without_allocated_subclusters_grows_without_them(
+    pair: MakePair, mode: Mode, subclusters: OverlaySubclusters
+) -> None:
+    disk, _ = pair(8 * MiB, 12 * MiB, mode)
+    before = images.allocated_in_map(disk)
+
+    Preallocator(mode, overlay_subclusters=subclusters).resize(disk, 20 * MiB, format="qcow2")
+
+    assert images.allocated_in_map(disk) == before
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 import importlib
 import os
-import subprocess
 from typing import Any
 
 import compute_host
@@ -16,6 +15,7 @@ import images
 from nova.compute import power_state
 from oslo_utils import units
 import pytest
+import storage_daemon
 
 import imgprealloc
 
@@ -47,14 +47,10 @@ def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Ho
     instance = _instance(node, power_state.RUNNING)
     before = node.identities(instance)
     deltas: list[imgprealloc.DiskImage] = []
-
-    def mirror(delta: str) -> None:
-        deltas.append(imgprealloc.Preallocator().inspect(delta, format="qcow2"))
-        # As QEMU's: into the file that is there, what stands over its base.
-        copy = ["qemu-img", "convert", "-n", "-f", kind, "-O", "qcow2", node.disk(instance), delta]
-        subprocess.run(copy, check=True)
-
-    node.domains[instance.uuid].on_mirror = mirror
+    node.domains[instance.uuid].on_mirror = lambda delta: deltas.append(
+        imgprealloc.Preallocator().inspect(delta, format="qcow2")
+    )
+    _mirror_by_qemu(node, instance, kind)
 
     uploaded = node.snapshot(instance)
 
@@ -65,6 +61,30 @@ def test_live_snapshot_does_so_too_and_makes_a_thin_delta(host: Callable[..., Ho
     assert _is_safe(uploaded)
     assert images.reads_like(node.disk(instance), kind, uploaded, "qcow2")
     assert node.identities(instance) == before
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_live_snapshot_copies_no_more_than_of_stocks_disk(host: Callable[..., Host], mode: str) -> None:
+    copied = {}
+    for preallocated in (True, False):
+        node = host(preallocated=preallocated, libvirt__images_type="qcow2", imgprealloc__mode=mode)
+        instance = _instance(node, power_state.RUNNING)
+        counted = _mirror_by_qemu(node, instance, "qcow2")
+        node.snapshot(instance)
+        (copied[preallocated],) = counted
+
+    assert copied[True] <= copied[False] + 128 * units.Ki
+
+
+def test_live_snapshot_copies_what_the_operator_has_had_allocated(host: Callable[..., Host]) -> None:
+    # The control: the mirror is QEMU's, and would tell.
+    node = host(libvirt__images_type="qcow2", imgprealloc__overlay_subclusters="allocated")
+    instance = _instance(node, power_state.RUNNING)
+    counted = _mirror_by_qemu(node, instance, "qcow2")
+
+    node.snapshot(instance)
+
+    assert counted[0] > units.Gi // 2
 
 
 def test_nothing_is_left_of_a_snapshot(host: Callable[..., Host]) -> None:
@@ -85,6 +105,21 @@ def test_inspector_would_refuse_one_of_our_overlays(host: Callable[..., Host]) -
 
     with pytest.raises(Exception, match=r"(?i)safety|feature|backing"):
         assert _is_safe(node.disk(instance)), "safety check failed"
+
+
+def _mirror_by_qemu(node: Host, instance: compute_host.Instance, kind: str) -> list[int]:
+    """Let a snapshot's mirror be QEMU's own, after whatever was to happen then; list the bytes it copies."""
+    counted: list[int] = []
+    domain = node.domains[instance.uuid]
+    before = domain.on_mirror
+
+    def mirror(delta: str) -> None:
+        before(delta)
+        with storage_daemon.running() as daemon:
+            counted.append(daemon.mirror_shallow(node.disk(instance), delta, kind))
+
+    domain.on_mirror = mirror
+    return counted
 
 
 def _is_safe(path: str) -> bool:

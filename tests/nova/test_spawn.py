@@ -16,6 +16,7 @@ from compute_host import all_disks
 import images
 from nova.compute import manager as compute_manager
 from nova.compute import utils as compute_utils
+from oslo_utils import units
 import pytest
 
 from nova import exception
@@ -108,6 +109,21 @@ def test_flavor_chooses_the_mode_of_all_its_disks(host: Callable[..., Host], mod
     instance = node.spawn(node.instance(compute_host.flavor(imgprealloc__mode=mode)))
 
     assert node.states(instance) == all_disks(state)
+
+
+@pytest.mark.parametrize(
+    ("subclusters", "start"), [("unallocated", units.Gi), ("allocated", 64 * units.Mi), ("copied", 0)]
+)
+def test_flavor_chooses_how_far_its_subclusters_go(host: Callable[..., Host], subclusters: str, start: int) -> None:
+    node = host(
+        libvirt__images_type="qcow2",
+        imgprealloc__overlay_subclusters="copied" if subclusters == "unallocated" else "unallocated",
+    )
+
+    instance = node.spawn(node.instance(compute_host.flavor(imgprealloc__overlay_subclusters=subclusters)))
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert images.allocated_from(node.disk(instance)) == start
 
 
 @KINDS

@@ -27,6 +27,7 @@ from oslo_utils import units
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import os_errors
+from imgprealloc import subclusters
 from imgprealloc import zeros
 from imgprealloc.filesystem import Filesystem
 
@@ -46,7 +47,7 @@ _METADATA = units.Mi
 _SMALL_HOLES = 56 * units.Ki
 _EMPTY_FILE = 256 * units.Ki
 
-_READERS = ("info", "check", "measure", "--version")
+_READERS = ("info", "check", "measure", "map", "--version")
 
 
 # By their modules.
@@ -180,7 +181,7 @@ class Programs(fixtures.Fixture):
 def _is_over_zeros(argv: tuple[str, ...]) -> bool:
     if "--image-opts" not in argv:
         return False
-    return os_errors.shown(csv(argv[-2])["backing.file.filename"]).endswith(ZEROS)
+    return os_errors.shown(csv(argv[-2]).get("backing.file.filename", "")).endswith(ZEROS)
 
 
 def failure(call: Call, status: int, stderr: str) -> processutils.ProcessExecutionError:
@@ -198,6 +199,8 @@ class Disk:
     backing_file: str | None = None
     backing_format: str | None = None
     extended_l2: bool = False
+    # Of its subclusters, most.
+    allocated: bool = False
     mapped: int = 0
     compressed: int = 0
     snapshots: int = 0
@@ -225,6 +228,8 @@ class Host(Programs):
         self.folder = folder
         self.filesystem = Filesystem("ext4", fallocate=True, copy_on_write=False)
         self.available = units.Ti
+        # What qemu-img map says of any disk.
+        self.map: list[dict[str, Any]] = []
         self.version = "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
         # False: says yes to fallocate and sets nothing aside.
         self.honest = True
@@ -236,6 +241,7 @@ class Host(Programs):
             "info": self._told(self._info),
             "check": self._told(self._check),
             "measure": self._told(self._measure),
+            "map": lambda call: json.dumps(self.map),
             "create": self._create,
             "convert": self._convert,
             "resize": self._resize,
@@ -252,6 +258,7 @@ class Host(Programs):
         self.useFixture(fixtures.MockPatchObject(fallocate, "extents", self._extents))
         # What happens without a process could not be seen.
         self.useFixture(fixtures.MockPatchObject(fallocate, "AT_ONCE", 0))
+        self.useFixture(fixtures.MockPatchObject(subclusters, "mostly_allocated", self._mostly_allocated))
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))
@@ -323,6 +330,9 @@ class Host(Programs):
             return []
         extents = [fallocate.Extent(0, disk.shared, shared=True)] if disk.shared else []
         return [*extents, fallocate.Extent(disk.shared, disk.held - disk.shared)]
+
+    def _mostly_allocated(self, fd: int, start: int, end: int) -> bool:
+        return self._disks[_key(fd)].allocated
 
     def _copies_on_write(self, path: str) -> bool:
         return self.filesystem.copy_on_write and not self._disks[_key(path)].nocow
@@ -420,14 +430,25 @@ class Host(Programs):
 
     def _convert(self, call: Call) -> str:
         source, target = call.argv[-2:]
+        size = None
         if "--image-opts" in call.argv:
             image = csv(source)
+            if image["driver"] == "raw":
+                # A part of what is below it.
+                offset, size = int(image["offset"]), int(image["size"])
+                image = {key[len("file.") :]: value for key, value in image.items() if key.startswith("file.")}
+                assert offset + size <= self._disks[_key(image["file.filename"])].virtual_size
             source = image["file.filename"]
-            self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
+            if "backing.file.filename" in image:
+                self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
+        if "-n" in call.argv:
+            assert csv(target)["offset"] == csv(call.argv[-2])["offset"]
+            return ""
         disk = self._disks[_key(source)]
         self._new(
-            call, target, disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"), call.after("-F")
-        )
+            call, target, size or disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"),
+            call.after("-F"),
+        )  # fmt: skip
         return ""
 
     def _new(
@@ -472,6 +493,8 @@ class Host(Programs):
 
     def _resize(self, call: Call) -> str:
         target, size = call.argv[-2], int(call.argv[-1])
+        if "--shrink" in call.argv:
+            return self._shrink(csv(target)["file.filename"], size)
         preallocation = next(word.partition("=")[2] for word in call.argv if word.startswith("--preallocation="))
         image = csv(target) if "--image-opts" in call.argv else None
         path = target if image is None else image["file.filename"]
@@ -501,6 +524,16 @@ class Host(Programs):
             disk.mapped += disk.clusters - clusters
         if preallocation in ("falloc", "full"):
             self._take(call, disk, disk.held + os.path.getsize(path) - length)
+        return ""
+
+    def _shrink(self, path: str, size: int) -> str:
+        disk = self._disks[_key(path)]
+        assert size < disk.virtual_size
+        disk.virtual_size = size
+        disk.mapped = disk.clusters
+        os.truncate(path, size + _METADATA)
+        disk.held = min(disk.held, size + _METADATA)
+        qcow2_file.patch(path, qcow2_file.SIZE_OFFSET, struct.pack(">Q", size))
         return ""
 
     def _rebase(self, call: Call) -> str:

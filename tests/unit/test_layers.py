@@ -24,7 +24,7 @@ FLOORS = (
     {"image", "exceptions", "settings", "log", "presence"},
     {"os_errors"},
     {"command"},
-    {"qemu_img", "fallocate", "qcow2_header"},
+    {"qemu_img", "fallocate", "qcow2_header", "subclusters"},
     {"filesystem"},
     {"lock"},
     {"zeros", "disk_file"},

@@ -169,6 +169,7 @@ def test_generated_sample_has_every_option_at_its_default(sample: str) -> None:
         "existing_disks": "reserve",
         "protect_from_discard": "true",
         "overlay_cluster_size": "131072",
+        "overlay_subclusters": "unallocated",
     }
 
 
@@ -178,6 +179,6 @@ def test_generated_sample_uncommented_is_a_valid_configuration(sample: str) -> N
     assert dict(conf.imgprealloc) == dict(configured().imgprealloc)
 
 
-@pytest.mark.parametrize("choice", ["falloc", "full", "metadata", "error", "reserve", "rewrite"])
+@pytest.mark.parametrize("choice", ["falloc", "full", "metadata", "error", "reserve", "rewrite", "copied"])
 def test_generated_sample_explains_every_choice(sample: str, choice: str) -> None:
     assert re.search(rf"^# {choice} - \S.+", sample, re.MULTILINE)

@@ -15,6 +15,7 @@ import pytest
 
 from imgprealloc import Existing
 from imgprealloc import Mode
+from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
@@ -68,17 +69,25 @@ def test_what_a_disk_without_a_backing_file_gets_either_way(
 
 @pytest.mark.parametrize("existing", ["recreate_blank", "rewrite"])
 @pytest.mark.parametrize(
-    ("mode", "changes", "state"),
+    ("subclusters", "mode", "changes", "state"),
     [
-        ("falloc", ["create", "resize", "fallocate", "sync"], "preallocated"),
-        ("full", ["create", "resize", "fallocate", "sync"], "preallocated"),
-        ("metadata", ["create", "sync"], "mapped"),
+        ("unallocated", "falloc", ["create", "fallocate", "sync"], "preallocated"),
+        ("unallocated", "full", ["create", "fallocate", "sync"], "preallocated"),
+        ("unallocated", "metadata", ["create", "sync"], "mapped"),
+        ("allocated", "falloc", ["create", "resize", "fallocate", "sync"], "preallocated"),
+        ("allocated", "full", ["create", "resize", "fallocate", "sync"], "preallocated"),
+        ("allocated", "metadata", ["create", "sync"], "mapped"),
+        ("copied", "falloc", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
+        ("copied", "full", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
+        ("copied", "metadata", ["convert", "rebase", "resize", "sync"], "mapped"),
     ],
 )
 def test_what_an_overlay_without_anything_in_it_gets(
-    host: Host, mode: Mode, changes: list[str], state: str, existing: Existing
+    host: Host, subclusters: OverlaySubclusters, mode: Mode, changes: list[str], state: str, existing: Existing
 ) -> None:
-    image = in_format.qcow2(mode).preallocate(host.overlay(), existing)
+    strategy = in_format.qcow2(mode, overlay_subclusters=subclusters)
+
+    image = strategy.preallocate(host.overlay(), existing)
 
     assert (host.changes, image.state) == (changes, state)
 
@@ -232,7 +241,7 @@ def test_new_overlay_is_made_in_the_mode(host: Host, mode: Mode, mapped: float |
 )
 def test_new_overlay_starts_as_long_as_its_base_rounded_up_to_a_cluster(host: Host, base: int, first_size: int) -> None:
     # Else the base's last cluster reads as zeros.
-    in_format.qcow2().create(host.path(), SIZE, host.base(base), backing_format="raw")
+    in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, host.base(base), backing_format="raw")
 
     [create], [resize] = host.run("create"), host.run("resize")
     assert create.argv[-1] == str(first_size)
@@ -242,7 +251,9 @@ def test_new_overlay_starts_as_long_as_its_base_rounded_up_to_a_cluster(host: Ho
 
 @pytest.mark.parametrize("base", [SIZE, SIZE - 1, SIZE - CLUSTER + 1, 2 * SIZE])
 def test_overlay_no_longer_than_its_base_is_not_grown(host: Host, base: int) -> None:
-    image = in_format.qcow2().create(host.path(), SIZE, host.base(base), backing_format="raw")
+    image = in_format.qcow2(overlay_subclusters="allocated").create(
+        host.path(), SIZE, host.base(base), backing_format="raw"
+    )
 
     assert host.run("resize") == []
     assert host.run("create")[0].argv[-1] == str(SIZE)
@@ -252,7 +263,7 @@ def test_overlay_no_longer_than_its_base_is_not_grown(host: Host, base: int) -> 
 def test_qcow2_base_counts_by_its_virtual_size(host: Host) -> None:
     base = host.qcow2(4 * CLUSTER, name="base", mapped=0.5)
 
-    in_format.qcow2().create(host.path(), SIZE, base, backing_format="qcow2")
+    in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, base, backing_format="qcow2")
 
     assert host.run("create")[0].argv[-1] == str(4 * CLUSTER)
     assert host.run("info")[0].after("-f") == "qcow2"
@@ -262,7 +273,7 @@ def test_base_in_another_format_is_asked_in_that_format(host: Host) -> None:
     base = host.base(SIZE // 2)
     host.disk(base).format = "vmdk"
 
-    in_format.qcow2().create(host.path(), SIZE, base, backing_format="vmdk")
+    in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, base, backing_format="vmdk")
 
     assert [call.after("-f") for call in host.run("info") if call.argv[-1] == base] == ["vmdk"]
 
@@ -270,7 +281,7 @@ def test_base_in_another_format_is_asked_in_that_format(host: Host) -> None:
 def test_raw_base_is_not_opened_to_learn_its_size(host: Host) -> None:
     base = host.base(4 * CLUSTER)
 
-    in_format.qcow2().create(host.path(), SIZE, base, backing_format="raw")
+    in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, base, backing_format="raw")
 
     assert base not in [call.argv[-1] for call in host.run("info")]
 
@@ -278,7 +289,7 @@ def test_raw_base_is_not_opened_to_learn_its_size(host: Host) -> None:
 def test_base_in_the_last_partial_sector_counts(host: Host) -> None:
     base = host.base(CLUSTER * 4 + 5)
 
-    in_format.qcow2().create(host.path(), SIZE, base, backing_format="raw")
+    in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, base, backing_format="raw")
 
     assert host.run("create")[0].argv[-1] == str(5 * CLUSTER)
 
@@ -286,20 +297,20 @@ def test_base_in_the_last_partial_sector_counts(host: Host) -> None:
 def test_relative_backing_file_is_looked_for_beside_the_overlay(host: Host) -> None:
     host.base(4 * CLUSTER)
 
-    image = in_format.qcow2().create(host.path(), SIZE, "base", backing_format="raw")
+    image = in_format.qcow2(overlay_subclusters="allocated").create(host.path(), SIZE, "base", backing_format="raw")
 
     assert image.backing_file == "base"
     assert host.run("create")[0].argv[-1] == str(4 * CLUSTER)
 
 
 def test_overlay_that_is_not_in_its_place_yet_is_grown_without_flushes(host: Host) -> None:
-    in_format.qcow2().preallocate(host.overlay())
+    in_format.qcow2(overlay_subclusters="allocated").preallocate(host.overlay())
 
     assert "cache.no-flush=on" in host.run("resize")[0].argv[-2]
 
 
 def test_zeros_are_gone_afterwards(host: Host) -> None:
-    in_format.qcow2().preallocate(host.overlay())
+    in_format.qcow2(overlay_subclusters="allocated").preallocate(host.overlay())
 
     assert host.files == ["base", "disk"]
 
@@ -312,7 +323,9 @@ def test_disk_without_a_backing_file_is_made_in_one_go(host: Host) -> None:
 
 
 def test_mode_metadata_has_nothing_to_gain_from_zeros(host: Host) -> None:
-    in_format.qcow2("metadata").create(host.path(), SIZE, host.base(4 * CLUSTER), backing_format="raw")
+    in_format.qcow2("metadata", overlay_subclusters="allocated").create(
+        host.path(), SIZE, host.base(4 * CLUSTER), backing_format="raw"
+    )
 
     assert host.run("resize") == []
     assert host.run("create")[0].argv[-1] == str(SIZE)
@@ -600,7 +613,9 @@ def test_disk_without_a_backing_file_grows_plainly(host: Host, mode: Mode) -> No
 
 
 def subclustered(host: Host, size: int, **more: Any) -> str:
-    return host.overlay(size, mapped=1.0, extended_l2=True, cluster_size=CLUSTER, **more)
+    return host.overlay(
+        size, **{"mapped": 1.0, "extended_l2": True, "cluster_size": CLUSTER, "allocated": True, **more}
+    )
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
@@ -612,6 +627,26 @@ def test_overlay_grows_under_zeros(host: Host, mode: Mode) -> None:
     assert f"--preallocation={mode}" in call.argv
     assert (image.virtual_size, image.backing_file, image.state) == (2 * SIZE, host.path("base"), "preallocated")
     assert host.files == ["base", "disk"]
+
+
+@pytest.mark.parametrize("subclusters", ["unallocated", "allocated", "copied"])
+def test_overlay_without_allocated_subclusters_grows_without_them(host: Host, subclusters: OverlaySubclusters) -> None:
+    path = subclustered(host, SIZE, allocated=False)
+
+    in_format.qcow2(overlay_subclusters=subclusters).resize(path, 2 * SIZE)
+
+    [call] = host.run("resize")
+    assert not call.is_over_zeros
+    assert "--preallocation=falloc" in call.argv
+
+
+def test_what_lies_below_a_longer_base_alone_is_allocated(host: Host) -> None:
+    # QEMU has to hide it from what is new.
+    path = subclustered(host, SIZE, allocated=False, base=SIZE + CLUSTER + 512)
+
+    in_format.qcow2().resize(path, 2 * SIZE)
+
+    assert [call.argv[-1] for call in host.run("resize")] == [str(SIZE + 2 * CLUSTER), str(2 * SIZE)]
 
 
 def test_overlay_in_its_place_is_grown_with_flushes(host: Host) -> None:
@@ -826,15 +861,29 @@ def test_mode_metadata_asks_for_no_space(host: Host, mapped: float | None) -> No
     assert in_format.qcow2("metadata").preallocate(host.overlay(mapped=mapped), existing="rewrite").mapped
 
 
-@pytest.mark.parametrize("program", ["create", "resize", "fallocate", "convert"])
-def test_space_that_runs_out_half_way_leaves_the_old_disk_and_nothing_beside_it(host: Host, program: str) -> None:
+@pytest.mark.parametrize(
+    ("subclusters", "program"),
+    [
+        ("unallocated", "create"),
+        ("unallocated", "fallocate"),
+        ("unallocated", "convert"),
+        ("allocated", "create"),
+        ("allocated", "resize"),
+        ("allocated", "convert"),
+        ("copied", "convert"),
+        ("copied", "resize"),
+    ],
+)
+def test_space_that_runs_out_half_way_leaves_the_old_disk_and_nothing_beside_it(
+    host: Host, program: str, subclusters: OverlaySubclusters
+) -> None:
     path = host.overlay(mapped=0.5 if program == "convert" else None)
     with open(path, "rb") as disk:
         before = (os.stat(path).st_ino, disk.read())
     host.ends(program, 1, f"{program}: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace):
-        in_format.qcow2().preallocate(path, existing="rewrite")
+        in_format.qcow2(overlay_subclusters=subclusters).preallocate(path, existing="rewrite")
 
     with open(path, "rb") as disk:
         assert (os.stat(path).st_ino, disk.read()) == before

@@ -222,14 +222,14 @@ def test_convert_keeps_clusters_mapped_that_read_as_zeros_over_a_backing_file(pr
 
 
 def test_block_device_is_opened_as_one(programs: Programs) -> None:
-    with fixtures.MockPatchObject(qemu_img, "_is_device", lambda path: True):
+    with fixtures.MockPatch("stat.S_ISBLK", lambda mode: True), fixtures.MockPatch("os.stat"):
         qemu_img.resize(DISK, NAME, 1024, "qcow2", "off", backing_file="/dev/base", backing_format="raw")
 
     assert hosts.csv(programs.calls[0].argv[-2])["backing.file.driver"] == "host_device"
 
 
 def test_backing_file_gets_another_name_without_being_opened(programs: Programs) -> None:
-    qemu_img.rename_backing_file(DISK, NAME, "base", "raw")
+    qemu_img.name_backing_file(DISK, NAME, "base", "raw")
 
     [call] = programs.calls
     assert call.argv[:2] == ("qemu-img", "rebase")
