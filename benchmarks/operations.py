@@ -24,9 +24,9 @@ import time
 from typing import Any
 
 import ground
-import guest
 import pairs
 import served
+import storage_daemon
 import subjects
 
 MIB = 1024**2
@@ -95,10 +95,14 @@ def _live_snapshot(image: Any, spawn: Spawn, scratch: str) -> Iterator[Callable[
         size = libvirt_utils.get_disk_size(image.path, format="qcow2")
         base = libvirt_utils.get_disk_backing_file(image.path, format="qcow2", basename=False)
         libvirt_utils.create_image(delta, "qcow2", size, backing_file=base)
-        running.mirror(guest.qcow2(delta))
+        qemu.open("delta", delta, backing=None)
+        qemu.mirror("disk", "delta", "top")
+        # Its lock would keep qemu-img out.
+        qemu.run("blockdev-del", node_name="delta")
         libvirt_utils.extract_snapshot(delta, "qcow2", os.path.join(scratch, "snapshot"), "qcow2")
 
-    with guest.running(image.path) as running:
+    with storage_daemon.running() as qemu:
+        qemu.open("disk", image.path)
         yield work
 
 
@@ -116,9 +120,11 @@ def _block_migration(image: Any, spawn: Spawn, scratch: str) -> Iterator[Callabl
     def work() -> None:
         made.append(spawn().path)
         with served.over_socket(made[0], scratch, "qcow2", "native") as address:
-            running.mirror(guest.nbd(address))
+            qemu.run("blockdev-add", driver="nbd", node_name="target", server={"type": "unix", "path": address})
+            qemu.mirror("disk", "target", "top")
 
-    with guest.running(image.path) as running:
+    with storage_daemon.running() as qemu:
+        qemu.open("disk", image.path)
         yield work
     shutil.rmtree(os.path.dirname(made[0]))
 

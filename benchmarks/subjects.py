@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import os
 import subprocess
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from imgprealloc import Preallocator
 from imgprealloc.settings import Mode
+from imgprealloc.settings import OverlaySubclusters
 from imgprealloc.settings import Settings
 
 KIB = 1024
-
-Subclusters = Literal["unallocated", "allocated", "copied"]
 
 STOCK = "stock Nova"
 # The same once more, which tells what is noise.
@@ -27,7 +26,7 @@ NONE = "no preallocation"
 CLUSTER_SIZE = Settings().overlay_cluster_size
 
 MODES: tuple[Mode, ...] = get_args(Mode)
-SUBCLUSTERS: tuple[Subclusters, ...] = get_args(Subclusters)
+SUBCLUSTERS: tuple[OverlaySubclusters, ...] = get_args(OverlaySubclusters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +60,12 @@ def proxmox(mode: str) -> str:
     return f"Proxmox, {mode}"
 
 
-def overlay(mode: Mode, subclusters: Subclusters, cluster_size: int = CLUSTER_SIZE) -> Subject:
+def overlay(mode: Mode, subclusters: OverlaySubclusters, cluster_size: int = CLUSTER_SIZE) -> Subject:
     """Return an overlay of imgprealloc's."""
-    # By name, because the releases before overlay_subclusters can be measured, too.
-    settings: dict[str, Any] = {"overlay_cluster_size": cluster_size, "overlay_subclusters": subclusters}
+    strategy = Preallocator(mode, overlay_cluster_size=cluster_size, overlay_subclusters=subclusters)
 
     def make(folder: str, base: str, size: int) -> str:
-        disk = os.path.join(folder, "disk")
-        return Preallocator(mode, **settings).create(disk, size, base, backing_format="raw").path
+        return strategy.create(os.path.join(folder, "disk"), size, base, backing_format="raw").path
 
     return Subject(ours(mode, subclusters, cluster_size), "qcow2", make, _aio(mode))
 

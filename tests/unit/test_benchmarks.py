@@ -124,6 +124,14 @@ def test_operation_may_take_a_twentieth_longer() -> None:
     }
 
 
+@pytest.mark.parametrize("subclusters", ["allocated", "copied"])
+def test_what_an_operator_has_chosen_has_its_price_told_apart(subclusters: str) -> None:
+    dear = Pairs("ext4", "live snapshot", subjects.ours("falloc", subclusters), [Cost(1, 1, 1)], [Cost(3, 1, 1)])
+
+    assert _verdict("live snapshot: no slower", done=(dear, _pairs("live snapshot", 1, 1))) == "met"
+    assert _verdict("live snapshot: the price", done=(dear,)) == "told"
+
+
 def test_what_was_not_measured_is_not_met() -> None:
     assert {goal.verdict for goal in goals.all_goals([], [])} == {"not measured"}
 
@@ -134,7 +142,7 @@ def test_what_is_beyond_the_base_alone_is_not_asked_of_what_lies_over_it() -> No
 
 def test_goal_without_a_bar_tells_its_worst_case() -> None:
     found = goals.all_goals([_series(stock=100, unallocated=300), _series("reads", stock=100, unallocated=60)], [])
-    (goal,) = (goal for goal in found if goal.bar is None)
+    (goal,) = (goal for goal in found if goal.title.startswith("unallocated, falloc"))
 
     assert goal.verdict == "told"
     assert (goal.worst.where, goal.worst.ratio.median) == ("ext4, QD16: reads, over the base", 0.6)
