@@ -97,15 +97,18 @@ def run(
             # Not before the program has ended.
             raised.append(exc)
 
-    with _Printed(stdin) as printed:
+    # util-linux' prlimit, because oslo.concurrency's is a Python, which takes
+    # longer to start than most looks at a disk.
+    limited = [] if limits is None else ["prlimit", *limits.prlimit_args()]
+
+    with _Printed(stdin, is_limited=limits is not None) as printed:
         try:
             # coreutils' timeout, because oslo.concurrency's own came late and leaves the program running.
             piped, _ = processutils.execute(
-                "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *argv,
+                "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *limited, *argv,
                 check_exit_code=list(exit_codes),
                 cwd="/",
                 env_variables={**os.environ, **_ENVIRONMENT},
-                prlimit=limits,
                 on_execute=begin,
                 preexec_fn=printed.take_over,
             )  # fmt: skip
@@ -130,8 +133,10 @@ def run(
 class _Printed:
     """What a program prints, as far as it is kept: files in memory that cannot grow."""
 
-    def __init__(self, stdin: int | None = None) -> None:
+    def __init__(self, stdin: int | None = None, *, is_limited: bool = False) -> None:
         self.stdin = stdin
+        self._is_limited = is_limited
+        self._parent = os.getpid()
 
     def __enter__(self) -> _Printed:
         self._files = [os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for name in ("stdout", "stderr")]
@@ -147,7 +152,15 @@ class _Printed:
 
     def take_over(self) -> None:
         """Put the files in the place of the pipes; called in the new process."""
+        # Of the thread that waits for the program, and so of the process.
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != self._parent:
+            # It has ended before it could be asked for.
+            os._exit(_KILLED)
+        if self._is_limited:
+            # A check prints a line for each cluster that is leaked, to any
+            # number of them: what is too long is refused, and the answer comes.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for fd, standard in zip(self._files, (1, 2)):
             os.dup2(fd, standard)
         if self.stdin is not None:
@@ -203,9 +216,9 @@ def _failure(
     status = int(exc.exit_code or 0)
     # A part of ours is called by its name.
     name = argv[argv.index("-m") + 1] if "-m" in argv else " ".join(argv[:2])
-    # Under limits the program is started by oslo.concurrency's wrapper, which
-    # ends with 1 where timeout is missing, as the program itself might.
-    for program in ("timeout", argv[0]):
+    # Some of prlimit's releases end with 1 where the program is missing, as the
+    # program itself might.
+    for program in (argv[0],) if limits is None else ("prlimit", argv[0]):
         if (status in _NOT_STARTED or (limits is not None and status == 1)) and shutil.which(program) is None:
             return _missing(path, program, said)
     if status in (_TIMED_OUT, _KILLED):

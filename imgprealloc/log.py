@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from typing import Any
 
 from oslo_log import log as logging
@@ -13,6 +14,8 @@ LOG = logging.getLogger("imgprealloc")
 # A host has hundreds of disks; whoever is pushed out is warned of once more.
 _MOST_REMEMBERED = 10_000
 
+# Disks are looked at in several threads.
+_lock = threading.Lock()
 _warned: collections.OrderedDict[tuple[str, str], None] = collections.OrderedDict()
 
 
@@ -23,10 +26,11 @@ def warn_once(kind: str, subject: str, message: Any) -> None:
         message has numbers in it
     :param subject: the disk, folder or option that it is about
     """
-    level = logging.DEBUG if (subject, kind) in _warned else logging.WARNING
-    _warned[subject, kind] = None
-    if len(_warned) > _MOST_REMEMBERED:
-        _warned.popitem(last=False)
+    with _lock:
+        level = logging.DEBUG if (subject, kind) in _warned else logging.WARNING
+        _warned[subject, kind] = None
+        if len(_warned) > _MOST_REMEMBERED:
+            _warned.popitem(last=False)
     LOG.log(level, "%s: %s", subject, message)
 
 

@@ -229,7 +229,7 @@ class Qcow2(format.Format):
         if kind == "copied" and base.size:
             copied_size = min(size, base.size)
             qemu_img.copy_in(new.path, base.path, base.format, new.program_name, copied_size, options)
-            base.put_under(new)
+            base.put_under(new, None)
             _refuse_other_size(new, copied_size)
             if copied_size < first_size:
                 qemu_img.resize(
@@ -293,9 +293,10 @@ class Qcow2(format.Format):
         first_size = self._size_over(base, size)
         if kind == "copied":
             qemu_img.copy_in(file.path, file.program_name, "qcow2", new.program_name, first_size, options, **over)
+            base.put_under(new, None)
         else:
             qemu_img.convert(*names, size, "qcow2", options, **over)
-        base.put_under(new)
+            base.put_under(new, base.path)
         if kind == "unallocated":
             _mark_zeros(file, image, new, base)
             return
@@ -348,9 +349,19 @@ class _Base:
         """
         return cls(name, place.beside(name), format, backing.virtual_size(place, name, format))
 
-    def put_under(self, new: NewFile) -> None:
-        """Write its name into a new disk that was made without it, or over its absolute path."""
-        if qcow2_header.backing(new.fd) != (self.name, self.format):
+    def put_under(self, new: NewFile, made_over: Optional[str]) -> None:
+        """Write its name into a new disk.
+
+        :param made_over: what the program that has made it was told to name, its
+            absolute path or nothing
+        :raises: BrokenImage where that is not what the header names
+        """
+        named = (made_over, None if made_over is None else self.format)
+        found = qcow2_header.backing(new.fd)
+        for field, was_wanted, was_found in zip(("backing_file", "backing_format"), named, found):
+            if was_found != was_wanted:
+                raise format.not_as_asked(new.path, f"a {field} of {was_wanted!r}", repr(was_found))
+        if self.name != made_over:
             qemu_img.name_backing_file(new.path, new.program_name, self.name, self.format)
 
 

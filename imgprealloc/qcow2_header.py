@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a qcow2 header says, where qemu-img is not asked, or cannot answer.
 
-It is asked too late where a header names what must not be opened, and it cannot
-tell whether a file holds anything at all. That no cluster is allocated (qemu-img
-check) is not enough: a cluster that the guest has zeroed hides the backing file
-without being allocated. But every cluster, zeroed ones too, has its entry in an
-L2 table, so that a file without L2 tables reads like its backing file,
-everywhere. Layout: QEMU's docs/interop/qcow2.txt.
+It is asked too late where a header names what must not be opened, its start is
+most of what a look at a disk takes, and it cannot tell whether a file holds
+anything at all. That no cluster is allocated (qemu-img check) is not enough: a
+cluster that the guest has zeroed hides the backing file without being
+allocated. But every cluster, zeroed ones too, has its entry in an L2 table, so
+that a file without L2 tables reads like its backing file, everywhere.
+
+A guest may have written the header: what it says is believed of an image only
+once QEMU has opened it (qemu-img check). Layout: QEMU's docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
@@ -31,24 +34,111 @@ _VERSION_3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _BITMAPS_EXTENSION = 0x23852875
+# Their number, with which their extension begins.
+_BITMAPS_COUNT = struct.Struct(">I")
 
 # Of the autoclear features: there are bitmaps, and they are up to date.
 _BITMAPS = 1 << 0
 
-# Of the incompatible features; the others are marks of dirt, corruption, and so on.
+# Of the incompatible features; the others are marks of dirt, and so on.
+_CORRUPT = 1 << 1
+# The data is in another file, which QEMU opens by the name that is in the header.
+_DATA_FILE = 1 << 2
 _SUBCLUSTERS = 1 << 4
 
 _GREATEST_L1 = 32 * 1024 * 1024
 
-# Where header and extensions end.
-_LONGEST_HEADER = 4096
+# Where header and extensions end, but for odd ones.
+_USUAL_HEADER = 4096
 # Of a backing file, in bytes.
 _LONGEST_NAME = 1023
-_GREATEST_CLUSTER = 2 * 1024 * 1024
+_LEAST_CLUSTER_BITS, _MOST_CLUSTER_BITS = 9, 21
+_GREATEST_CLUSTER = 1 << _MOST_CLUSTER_BITS
+_MOST_REFCOUNT_ORDER = 6
+
+# Of version 2: 16 bits.
+_REFCOUNT_ORDER = 4
 
 
-# The data is in another file, which QEMU opens by the name that is in the header.
-_DATA_FILE = 1 << 2
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A qcow2 header, as it stands in the file. Sizes are bytes.
+
+    :param virtual_size: of which QEMU leaves out what is no whole sector
+    :param cluster_bits: the cluster size is 2 to the power of it
+    :param refcount_order: the width of a refcount is 2 bits to the power of it
+    :param encryption: its method, 0 for none
+    :param incompatible: the features without which nobody may open it
+    :param autoclear: the features that whoever does not know them has to clear
+    :param backing_offset: where the backing file's name is, 0 for none
+    :param backing_length: of that name, in bytes
+    :param bitmaps: dirty bitmaps; None where it does not say where they are
+    :param backing_file: byte for byte, as JSON cannot carry each name
+    """
+
+    version: int
+    virtual_size: int
+    cluster_bits: int
+    refcount_order: int
+    encryption: int
+    l1_entries: int
+    l1_offset: int
+    snapshots: int
+    incompatible: int
+    autoclear: int
+    bitmaps: Optional[int]
+    backing_offset: int
+    backing_length: int
+    backing_file: Optional[str]
+    backing_format: Optional[str]
+
+    @property
+    def has_cluster_size(self) -> bool:
+        """Whether clusters and refcounts are of a size that QEMU has."""
+        is_cluster = _LEAST_CLUSTER_BITS <= self.cluster_bits <= _MOST_CLUSTER_BITS
+        return is_cluster and self.refcount_order <= _MOST_REFCOUNT_ORDER
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << min(self.cluster_bits, _MOST_CLUSTER_BITS)
+
+    @property
+    def refcount_bits(self) -> int:
+        return 1 << min(self.refcount_order, _MOST_REFCOUNT_ORDER)
+
+    @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible & _SUBCLUSTERS)
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether QEMU has marked the image corrupt."""
+        return bool(self.incompatible & _CORRUPT)
+
+    @property
+    def encrypted(self) -> bool:
+        return bool(self.encryption)
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether the data is in another file."""
+        return bool(self.incompatible & _DATA_FILE)
+
+    @property
+    def is_name_misplaced(self) -> bool:
+        """Whether the backing file's name is too long, or does not end in the first cluster."""
+        end = self.backing_offset + self.backing_length
+        return bool(self.backing_offset) and (self.backing_length > _LONGEST_NAME or end > self.cluster_size)
+
+    @property
+    def has_bitmaps(self) -> bool:
+        """Whether it has bitmaps that are up to date."""
+        return bool(self.autoclear & _BITMAPS)
+
+    @property
+    def has_lost_bitmaps(self) -> bool:
+        """Whether it has bitmaps, and does not say where."""
+        return self.has_bitmaps and self.bitmaps is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +151,25 @@ class Blank:
     backing_format: Optional[str]
 
 
+def read(path: str, fd: int) -> Header:
+    """Read the header of a qcow2 file.
+
+    :param path: for the error's text
+    :raises: FormatMismatch, BrokenImage where QEMU knows no such clusters
+    """
+    header = _read(fd)
+    if header is None:
+        raise _mismatch(path)
+    if not header.has_cluster_size:
+        raise exceptions.BrokenImage(
+            path,
+            f"its header tells of clusters of 2^{header.cluster_bits} bytes and refcounts of "
+            f"2^{header.refcount_order} bits, which no image has",
+            "Nothing was changed; say raw if that is what it is, or have the disk back from a copy.",
+        )
+    return header
+
+
 def blank(file: str | int) -> Blank | None:
     """Read the header of a qcow2 file that holds nothing, or return None.
 
@@ -71,35 +180,24 @@ def blank(file: str | int) -> Blank | None:
     :param file: its name, or its descriptor
     """
     with _opened(file) as fd:
-        head = os.pread(fd, _LONGEST_HEADER, 0)
-        if len(head) < _VERSION_2.size:
+        header = _read(fd)
+        if header is None or header.version > 3 or not header.has_cluster_size:
             return None
-        (
-            magic, version, backing_offset, backing_length, cluster_bits, size, encryption,
-            l1_entries, l1_offset, _, _, snapshots, _,
-        ) = _VERSION_2.unpack_from(head)  # fmt: skip
-        if magic != MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
+        if header.encrypted or header.snapshots or header.incompatible & ~_SUBCLUSTERS or header.autoclear:
             return None
-        incompatible = 0
-        if version == 3:
-            if len(head) < _VERSION_2.size + _VERSION_3.size:
-                return None
-            incompatible, _, autoclear, _, _ = _VERSION_3.unpack_from(head, _VERSION_2.size)
-            if incompatible & ~_SUBCLUSTERS or autoclear:
-                return None
-        if l1_entries * 8 > _GREATEST_L1 or backing_offset + backing_length > _GREATEST_CLUSTER:
+        if header.is_name_misplaced or header.l1_entries * 8 > _GREATEST_L1:
             return None
-        l1_table = os.pread(fd, l1_entries * 8, l1_offset)
-        if len(l1_table) != l1_entries * 8 or any(l1_table):
+        if header.l1_offset + header.l1_entries * 8 > os.fstat(fd).st_size:
             return None
-        backing_file, backing_format = _backing(head, fd)
-    cluster_size = 1 << cluster_bits
-    entry_size = 16 if incompatible & _SUBCLUSTERS else 8
-    if l1_entries * (cluster_size // entry_size) * cluster_size < size:
+        l1_table = os.pread(fd, header.l1_entries * 8, header.l1_offset)
+    if len(l1_table) != header.l1_entries * 8 or any(l1_table):
         return None
-    if "\0" in (backing_file or "") or "\0" in (backing_format or ""):
+    entry_size = 16 if header.extended_l2 else 8
+    if header.l1_entries * (header.cluster_size // entry_size) * header.cluster_size < header.virtual_size:
         return None
-    return Blank(size, cluster_size, backing_file, backing_format)
+    if "\0" in (header.backing_file or "") or "\0" in (header.backing_format or ""):
+        return None
+    return Blank(header.virtual_size, header.cluster_size, header.backing_file, header.backing_format)
 
 
 def backing(file: str | int) -> tuple[str | None, str | None]:
@@ -108,34 +206,22 @@ def backing(file: str | int) -> tuple[str | None, str | None]:
     :param file: the name, or the descriptor, of a file that may be qcow2
     """
     with _opened(file) as fd:
-        head = os.pread(fd, _LONGEST_HEADER, 0)
-        return _backing(head, fd) if _is_qcow2(head) else (None, None)
-
-
-def has_data_file(file: str | int) -> bool:
-    """Whether a qcow2 header says that its data is in another file."""
-    with _opened(file) as fd:
-        head = os.pread(fd, _LONGEST_HEADER, 0)
-    if not _is_qcow2(head) or _version(head) < 3 or len(head) < _VERSION_2.size + _VERSION_3.size:
-        return False
-    return bool(_VERSION_3.unpack_from(head, _VERSION_2.size)[0] & _DATA_FILE)
+        header = _read(fd)
+    return (None, None) if header is None else (header.backing_file, header.backing_format)
 
 
 def has_lost_bitmaps(file: str | int) -> bool:
     """Whether a qcow2 header says that it has bitmaps, and does not say where."""
     with _opened(file) as fd:
-        head = os.pread(fd, _LONGEST_HEADER, 0)
-    if not _is_qcow2(head) or _version(head) < 3 or len(head) < _VERSION_2.size + _VERSION_3.size:
-        return False
-    _, _, autoclear, _, header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)
-    return bool(autoclear & _BITMAPS) and _extension(head, header_length, _BITMAPS_EXTENSION) is None
+        header = _read(fd)
+    return header is not None and header.has_lost_bitmaps
 
 
 def can_zero_clusters(file: str | int) -> bool:
     """Whether the format has a mark for a cluster that reads as zeros: since version 3 (compat=1.1)."""
     with _opened(file) as fd:
-        head = os.pread(fd, _VERSION_2.size, 0)
-    return _is_qcow2(head) and _version(head) >= 3
+        header = _read(fd)
+    return header is not None and header.version >= 3
 
 
 def begins(file: str | int) -> bool:
@@ -157,9 +243,7 @@ def virtual_size(path: str, file: str | int | None = None) -> int:
     with _opened(path if file is None else file) as fd:
         head = os.pread(fd, _VERSION_2.size, 0)
     if not _is_qcow2(head):
-        raise exceptions.FormatMismatch(
-            path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
-        )
+        raise _mismatch(path)
     return int(_VERSION_2.unpack(head)[5])
 
 
@@ -177,32 +261,65 @@ def _opened(file: str | int) -> Iterator[int]:
 
 
 def _is_qcow2(head: bytes) -> bool:
-    return len(head) >= _VERSION_2.size and head.startswith(MAGIC) and _version(head) > 1
+    return len(head) >= _VERSION_2.size and head.startswith(MAGIC) and int(_VERSION_2.unpack_from(head)[1]) > 1
 
 
-def _version(head: bytes) -> int:
-    return int(_VERSION_2.unpack_from(head)[1])
-
-
-def _backing(head: bytes, fd: int) -> tuple[str | None, str | None]:
-    _, version, offset, length, *_ = _VERSION_2.unpack_from(head)
-    if not offset:
-        return None, None
-    header_length = _VERSION_2.size
-    if version >= 3 and len(head) >= _VERSION_2.size + _VERSION_3.size:
-        header_length = _VERSION_3.unpack_from(head, _VERSION_2.size)[4]
+def _read(fd: int) -> Header | None:
+    """Read a header as it stands, whatever it says; None for a file that does not begin with one."""
+    head = os.pread(fd, _USUAL_HEADER, 0)
+    if not _is_qcow2(head):
+        return None
+    (
+        _, version, backing_offset, backing_length, cluster_bits, size, encryption,
+        l1_entries, l1_offset, _, _, snapshots, _,
+    ) = _VERSION_2.unpack_from(head)  # fmt: skip
+    incompatible, autoclear, refcount_order, length = 0, 0, _REFCOUNT_ORDER, _VERSION_2.size
+    if version >= 3:
+        if len(head) < _VERSION_2.size + _VERSION_3.size:
+            return None
+        incompatible, _, autoclear, refcount_order, length = _VERSION_3.unpack_from(head, _VERSION_2.size)
     # Anywhere in the first cluster, says the specification.
-    name = os.fsdecode(os.pread(fd, min(length, _LONGEST_NAME), min(offset, _GREATEST_CLUSTER)))
-    return name or None, _extension(head, header_length, _BACKING_FORMAT)
+    name_at = min(backing_offset, _GREATEST_CLUSTER)
+    name = os.pread(fd, min(backing_length, _LONGEST_NAME), name_at) if backing_offset else b""
+    # QEMU looks for extensions up to that name.
+    end = name_at or 1 << min(cluster_bits, _MOST_CLUSTER_BITS)
+    extensions = _extensions(head if len(head) >= end else os.pread(fd, end, 0), length, end)
+    bitmaps = extensions.get(_BITMAPS_EXTENSION, b"")
+    return Header(
+        version=version,
+        virtual_size=size,
+        cluster_bits=cluster_bits,
+        refcount_order=refcount_order,
+        encryption=encryption,
+        l1_entries=l1_entries,
+        l1_offset=l1_offset,
+        snapshots=snapshots,
+        incompatible=incompatible,
+        autoclear=autoclear,
+        bitmaps=_BITMAPS_COUNT.unpack_from(bitmaps)[0] if len(bitmaps) >= _BITMAPS_COUNT.size else None,
+        backing_offset=backing_offset,
+        backing_length=backing_length,
+        backing_file=os.fsdecode(name) or None,
+        backing_format=os.fsdecode(extensions[_BACKING_FORMAT]) if name and _BACKING_FORMAT in extensions else None,
+    )
 
 
-def _extension(head: bytes, offset: int, wanted: int) -> str | None:
-    while offset + _EXTENSION.size <= len(head):
+def _extensions(head: bytes, offset: int, end: int) -> dict[int, bytes]:
+    """Return what the extensions that we know have in them; of two of a kind the last counts, as for QEMU."""
+    found: dict[int, bytes] = {}
+    end = min(end, len(head))
+    while offset + _EXTENSION.size <= end:
         kind, length = _EXTENSION.unpack_from(head, offset)
         offset += _EXTENSION.size
-        if kind == wanted:
-            return os.fsdecode(head[offset : offset + length])
         if kind == 0:
             break
+        if kind in (_BACKING_FORMAT, _BITMAPS_EXTENSION):
+            found[kind] = head[offset : min(offset + length, end)]
         offset += -(-length // 8) * 8
-    return None
+    return found
+
+
+def _mismatch(path: str) -> exceptions.FormatMismatch:
+    return exceptions.FormatMismatch(
+        path, "it is said to be qcow2, but has no qcow2 header", "Say raw if that is what it is."
+    )

@@ -8,11 +8,9 @@ decided elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 import functools
 import json
 import os
@@ -62,9 +60,10 @@ def version(path: str = "qemu-img") -> tuple[int, ...]:
         raise
 
 
-def forget_version() -> None:
-    """Ask for the version once more, as a new process would."""
+def forget() -> None:
+    """Ask for everything once more, as a new process would."""
     _version.cache_clear()
+    _measure.cache_clear()
 
 
 @functools.cache
@@ -255,18 +254,16 @@ def info(path: str, name: str, format: str | None = None) -> dict[str, Any]:
     return _json(path, command.run(path, "qemu-img", "info", "-U", "--output=json", *named, name, limits=LIMITS))
 
 
-def check(path: str, name: str, format: str, *, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
+def check(path: str, name: str, format: str) -> dict[str, Any]:
     """Count an image's clusters, and its faults, also while it is in use.
 
     Its backing file is not opened, which a header may place anywhere: a check
     would wait for a pipe or a server for ever, and needs neither.
-
-    :param meanwhile: called once the check has been started
     """
     image = "json:" + json.dumps({"driver": format, "backing": None, "file": {"driver": "file", "filename": name}})
     said = command.run(
         path, "qemu-img", "check", "-U", "--output=json", "-f", format, image,
-        limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS, meanwhile=meanwhile,
+        limits=CHECK_LIMITS, exit_codes=_CHECK_ANSWERS,
     )  # fmt: skip
     return _json(path, said)
 
@@ -278,11 +275,25 @@ def repair(path: str, name: str) -> None:
 
 
 def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> int:
-    """Return the bytes that a new image of size needs with everything allocated."""
+    """Return the bytes that a new image of size needs with everything allocated.
+
+    :param path: the disk that it is asked for, for the error's text
+    :raises: BrokenImage, ProgramMissing, ProgramKilled, CommandFailed
+    """
+    try:
+        return _measure(size, format, tuple(options.items()))
+    except exceptions.PreallocationError as exc:
+        exc.path = path
+        raise
+
+
+# A host has few flavors, and so few shapes of disks.
+@functools.lru_cache(maxsize=256)
+def _measure(size: int, format: str, options: tuple[tuple[str, str], ...]) -> int:
     said = command.run(
-        path, "qemu-img", "measure", "--output=json", "-O", format, *_options(options), "--size", str(size)
+        "qemu-img", "qemu-img", "measure", "--output=json", "-O", format, *_options(dict(options)), "--size", str(size)
     )
-    return number(path, _json(path, said), "fully-allocated")
+    return number("qemu-img", _json("qemu-img", said), "fully-allocated")
 
 
 def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:
@@ -297,17 +308,6 @@ def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:
                 path, f"qemu-img's answer lacks {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
             )
         found = found[key]
-    return found
-
-
-def section(path: str, answer: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """Return a part of an answer that has keys of its own.
-
-    :raises: BrokenImage
-    """
-    found = value(path, answer, *keys)
-    if not isinstance(found, Mapping):
-        raise _wrong_value(path, found, keys)
     return found
 
 
@@ -326,7 +326,9 @@ def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
     """
     found = value(path, answer, *keys)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise _wrong_value(path, found, keys)
+        raise exceptions.BrokenImage(
+            path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
+        )
     return found
 
 
@@ -374,12 +376,6 @@ def _json(path: str, said: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise _unreadable(path, said)
     return answer
-
-
-def _wrong_value(path: str, found: Any, keys: Sequence[str]) -> exceptions.BrokenImage:
-    return exceptions.BrokenImage(
-        path, f"qemu-img's answer has {found!r} as {'.'.join(keys)!r}", "Check the image with qemu-img by hand."
-    )
 
 
 def _unreadable(path: str, said: str) -> exceptions.BrokenImage:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import os
 import re
 from typing import Any
@@ -17,6 +16,7 @@ from imgprealloc import qemu_img
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
+from imgprealloc.qcow2_header import Header
 
 # For what qemu-img measure does not foresee: the refcount table moves when it
 # grows, and leaves a gap.
@@ -33,15 +33,15 @@ _VMDK = re.compile(rb"KDMV|COWD|(?:#[^\n]*\n| *\r?\n)*version=")
 def raw(file: DiskFile) -> DiskImage:
     """Read a raw disk: its length, and what the filesystem has for it.
 
-    :raises: BrokenImage, ProgramMissing, ProgramKilled
+    No program is asked, and no byte of it believed.
     """
     status = os.fstat(file.fd)
-    virtual_size = qemu_img.number(file.path, qemu_img.info(file.path, file.program_name, "raw"), "virtual-size")
-    # A length that is no multiple of 512 is rounded up for the guest.
+    # A length that is no multiple of a sector is rounded up for the guest.
+    virtual_size = -(-status.st_size // SECTOR) * SECTOR
     return _image(
         file,
         status,
-        max(virtual_size, status.st_size),
+        virtual_size,
         format="raw",
         virtual_size=virtual_size,
         in_use=lock.has_writer(file.fd),
@@ -56,53 +56,44 @@ def qcow2(file: DiskFile) -> DiskImage:
     """
     path = file.path
     status = os.fstat(file.fd)
-    qcow2_header.virtual_size(path, file.fd)
-    if qcow2_header.has_data_file(file.fd):
-        # Not to be seen by QEMU at all, which would open what it names.
-        raise exceptions.UnsupportedFormat(
-            path, "its data is in another file (data-file)", "Convert it with qemu-img convert first."
-        )
+    header = qcow2_header.read(path, file.fd)
+    _refuse(path, header)
     in_use = lock.has_writer(file.fd)
-    # Byte for byte, as JSON cannot carry each name.
-    backing_file, backing_format = qcow2_header.backing(file.fd)
-    described: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
-
-    def describe() -> None:
-        info = qemu_img.info(path, file.program_name, "qcow2")
-        header = qemu_img.section(path, info, "format-specific", "data")
-        _refuse(path, info, header)
-        described.append((info, header))
-
-    # Side by side, because most of either is the start of the process that
-    # sets its limits.
-    check = qemu_img.check(path, file.program_name, "qcow2", meanwhile=describe)
-    [(info, header)] = described
+    # What the header says is true as far as QEMU opens the image.
+    check = qemu_img.check(path, file.program_name, "qcow2")
     faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
     if faults and not in_use and not lock.has_writer(file.fd):
         raise _broken(path, f"qemu-img check finds {faults} errors in it")
+    # In whole sectors, as QEMU has it.
+    virtual_size = header.virtual_size // SECTOR * SECTOR
+    # Left out for a disk of no size.
+    clusters = qemu_img.number(path, check, "total-clusters") if virtual_size else 0
     # Absent where it is 0. A compressed cluster is moved when it is written.
     compressed = qemu_img.count(path, check, "compressed-clusters")
     mapped = qemu_img.count(path, check, "allocated-clusters") - compressed
+    image_end = qemu_img.number(path, check, "image-end-offset")
+    # A cluster that belongs to a snapshot too is copied when it is written.
+    growing = clusters if header.snapshots else clusters - mapped
     return _image(
         file,
         status,
-        max(status.st_size, _worst_case_size(path, info, header, check, mapped)),
+        max(status.st_size, _worst_case_size(path, header, virtual_size, image_end, growing)),
         format="qcow2",
-        virtual_size=qemu_img.number(path, info, "virtual-size"),
+        virtual_size=virtual_size,
         in_use=in_use,
-        backing_file=backing_file,
-        backing_format=backing_format,
-        cluster_size=qemu_img.number(path, info, "cluster-size"),
-        extended_l2=bool(header.get("extended-l2")),
-        clusters=_clusters(path, info, check),
+        backing_file=header.backing_file,
+        backing_format=header.backing_format,
+        cluster_size=header.cluster_size,
+        extended_l2=header.extended_l2,
+        clusters=clusters,
         mapped_clusters=mapped,
         compressed_clusters=compressed,
         leaked_clusters=qemu_img.count(path, check, "leaks"),
         fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
-        image_end=qemu_img.number(path, check, "image-end-offset"),
-        snapshots=len(info.get("snapshots", ())),
-        bitmaps=len(header.get("bitmaps", ())),
+        image_end=image_end,
+        snapshots=header.snapshots,
+        bitmaps=_bitmaps(header),
     )
 
 
@@ -130,10 +121,19 @@ def virtual_size(path: str, name: str, format: str | None) -> int:
     return qemu_img.number(path, qemu_img.info(path, name, format), "virtual-size")
 
 
-def _refuse(path: str, info: dict[str, Any], header: Mapping[str, Any]) -> None:
-    if header.get("corrupt"):
+def _refuse(path: str, header: Header) -> None:
+    """Refuse what QEMU is not to see at all, or could not read without more than the file.
+
+    :raises: UnsupportedFormat, BrokenImage
+    """
+    if header.has_data_file:
+        # QEMU would open what it names.
+        raise exceptions.UnsupportedFormat(
+            path, "its data is in another file (data-file)", "Convert it with qemu-img convert first."
+        )
+    if header.corrupt:
         raise _broken(path, "it is marked corrupt")
-    if info.get("encrypted"):
+    if header.encrypted:
         raise exceptions.UnsupportedFormat(
             path,
             "it is encrypted, and its clusters cannot be counted without the key",
@@ -141,32 +141,27 @@ def _refuse(path: str, info: dict[str, Any], header: Mapping[str, Any]) -> None:
         )
 
 
-def _clusters(path: str, info: dict[str, Any], check: dict[str, Any]) -> int:
-    # Left out for a disk of no size.
-    return qemu_img.number(path, check, "total-clusters") if qemu_img.number(path, info, "virtual-size") else 0
+def _bitmaps(header: Header) -> int:
+    # Without the mark they are out of date, for QEMU too.
+    return header.bitmaps or 0 if header.has_bitmaps else 0
 
 
-def _worst_case_size(
-    path: str, info: dict[str, Any], header: Mapping[str, Any], check: dict[str, Any], mapped: int
-) -> int:
-    """Return the length that a qcow2 file can grow to, in bytes."""
-    image_end = qemu_img.number(path, check, "image-end-offset")
-    clusters = _clusters(path, info, check)
-    # A cluster that belongs to a snapshot too is copied when it is written.
-    growing = clusters if info.get("snapshots") else clusters - mapped
+def _worst_case_size(path: str, header: Header, virtual_size: int, image_end: int, growing: int) -> int:
+    """Return the length that a qcow2 file can grow to, in bytes.
+
+    :param image_end: where the last cluster in use ends
+    :param growing: clusters that may still be allocated
+    """
     if not growing:
         return image_end
-    cluster_size = qemu_img.number(path, info, "cluster-size")
-    refcount_bits = qemu_img.number(path, header, "refcount-bits")
-    size = qemu_img.number(path, info, "virtual-size")
-    shape = {"cluster_size": str(cluster_size), "refcount_bits": str(refcount_bits)}
-    if header.get("extended-l2"):
+    shape = {"cluster_size": str(header.cluster_size), "refcount_bits": str(header.refcount_bits)}
+    if header.extended_l2:
         shape["extended_l2"] = "on"
-    metadata = qemu_img.measure(path, size, "qcow2", shape) - size
+    metadata = qemu_img.measure(path, virtual_size, "qcow2", shape) - virtual_size
     # The measured image is dense; this file may have gaps, which want
     # refcounts too.
-    refcounts = image_end * refcount_bits // (8 * cluster_size) + cluster_size
-    return image_end + (growing + _SPARE_CLUSTERS) * cluster_size + metadata + refcounts
+    refcounts = image_end * header.refcount_bits // (8 * header.cluster_size) + header.cluster_size
+    return image_end + (growing + _SPARE_CLUSTERS) * header.cluster_size + metadata + refcounts
 
 
 def _image(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
+import contextlib
 import os
 import re
 from typing import Any, Optional
@@ -16,6 +18,7 @@ from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import settings
+from imgprealloc.cli import abreast
 from imgprealloc.cli import signals
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
@@ -86,24 +89,29 @@ class Disks(lister.Lister):
         return self.status
 
     def each(
-        self, paths: Iterable[str], work: Callable[[str], DiskImage], parsed_args: argparse.Namespace
+        self, paths: Sequence[str], work: Callable[[str], DiskImage], parsed_args: argparse.Namespace, at_once: int = 1
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
-        """Work on one disk after the other; an error with one does not keep the rest from it."""
-        images = []
-        for path in paths:
-            before = _stamp(path)
-            try:
-                images.append(work(path))
-            except (exceptions.PreallocationError, OSError) as exc:
-                self.app.LOG.error(exc)
-                self.status = 1
-            except signals.Stopped as stopped:
-                stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
-                raise
+        """Work on the disks; an error with one does not keep the rest from it.
+
+        :param at_once: how many may be worked on at the same time
+        """
         columns: tuple[str, ...] = _COLUMNS
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = _TABLE_COLUMNS
-        return columns, [tuple(_cell(image, column) for column in columns) for image in images]
+        rows = []
+        with contextlib.closing(abreast.in_order(work, paths, min(at_once, len(paths)))) as results:
+            for path in paths:
+                before = _stamp(path)
+                try:
+                    image = next(results)()
+                    rows.append(tuple(_cell(image, column) for column in columns))
+                except (exceptions.PreallocationError, OSError) as exc:
+                    self.app.LOG.error(exc)
+                    self.status = 1
+                except signals.Stopped as stopped:
+                    stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
+                    raise
+        return columns, rows
 
 
 class Allocating(Disks):

@@ -25,6 +25,7 @@ import nova.tests.functional  # noqa: F401
 import fixtures
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.functional import integrated_helpers
+from nova.virt.libvirt import utils as libvirt_utils
 from oslo_utils import uuidutils
 
 from e2e.guest_image import GuestImage
@@ -128,17 +129,30 @@ class Cloud(integrated_helpers._IntegratedTestBase):  # type: ignore[misc]
         driver = "nova.virt.libvirt.driver.LibvirtDriver"
         self.useFixture(fixtures.MonkeyPatch(f"{driver}._get_console_log_path", path))
 
+    def sizes_of_deltas(self) -> list[int]:
+        """Return a list of the bytes that each live snapshot from now on has had copied, as far as Nova has come."""
+        sizes: list[int] = []
+        extract = libvirt_utils.extract_snapshot
+
+        def look_and_extract(delta: str, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(os.stat(delta).st_blocks * 512)
+            return extract(delta, *args, **kwargs)
+
+        self.useFixture(fixtures.MonkeyPatch("nova.virt.libvirt.utils.extract_snapshot", look_and_extract))
+        return sizes
+
     def log(self) -> str:
         """Return what Nova has logged, but for each call of Placement's API."""
         lines = str(self.stdlog.logger.output).splitlines()
         return "\n".join(line for line in lines if "placement.requestlog" not in line)[-_TAIL:]
 
-    def image(self, disks: str = "vd?") -> str:
+    def image(self, disks: str = "vd?", task: str = "rewrite") -> str:
         """Offer the guest's image, and return its id.
 
         :param disks: which of its disks the guest writes, as a pattern
+        :param task: how, in the words of whole_disk.c
         """
-        arguments = f"{_KERNEL_ARGUMENTS} e2e_rewrite={disks}"
+        arguments = f"{_KERNEL_ARGUMENTS} e2e_{task}={disks}"
         return str(self.glance.add(
             self._guest.root, "raw", kernel_id=self._kernel, ramdisk_id=self._ramdisk, os_command_line=arguments
         ))  # fmt: skip

@@ -1,8 +1,8 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# The guest's only process beside whole_disk. The kernel's command line says which
-# disks it is to write (e2e_rewrite=vd?), one after the other. A rescued guest gets
+# The guest's only process beside whole_disk. The kernel's command line says what it
+# is to do to which disks (e2e_rewrite=vd?), one after the other. A rescued guest gets
 # Nova's own command line, and only checks all of its disks.
 
 /bin/busybox mkdir -p /proc /sys /dev
@@ -19,9 +19,10 @@ task=check
 disks=vd?
 for word in $(/bin/busybox cat /proc/cmdline); do
     case $word in
-        e2e_rewrite=*)
-            task=rewrite
-            disks=${word#e2e_rewrite=}
+        e2e_rewrite=* | e2e_sprinkle=*)
+            task=${word%%=*}
+            task=${task#e2e_}
+            disks=${word#*=}
             ;;
     esac
 done

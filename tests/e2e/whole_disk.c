@@ -3,6 +3,7 @@
 //
 //     whole_disk rewrite DISK   check what is there, then write all and read it back
 //     whole_disk check DISK     only check
+//     whole_disk sprinkle DISK  write a page here and there, and read nothing
 //
 // Every sector says which one it is, of how many, and in which round it was
 // written, so that a later call, also from another boot or after the disk has
@@ -18,7 +19,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { SECTOR = 512, SMALL = 4096, LARGE = 262144, SPLIT = 32, WORDS = SECTOR / 8 };
+enum { SECTOR = 512, SMALL = 4096, LARGE = 262144, SPLIT = 32, SPARSE = 16777216, WORDS = SECTOR / 8 };
 
 static const uint64_t MAGIC = 0x6b7369642d653265; // "e2e-disk"
 
@@ -113,15 +114,28 @@ static void write_all(int disk, uint64_t size, uint64_t round)
            (unsigned long long)writes);
 }
 
+static void sprinkle(int disk, uint64_t size)
+{
+    uint64_t writes = 0;
+    for (uint64_t offset = SPARSE - LARGE; offset + SMALL <= size; offset += SPARSE, writes++) {
+        make(wanted, offset, SMALL, 0, size);
+        if (pwrite(disk, wanted, SMALL, offset) != SMALL)
+            stop("write", offset);
+    }
+    if (fsync(disk))
+        stop("flush", size);
+    printf("e2e: %s is sprinkled, %llu writes\n", name, (unsigned long long)writes);
+}
+
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    if (argc != 3 || (strcmp(argv[1], "rewrite") && strcmp(argv[1], "check"))) {
-        fprintf(stderr, "usage: whole_disk rewrite|check DISK\n");
+    if (argc != 3 || (strcmp(argv[1], "rewrite") && strcmp(argv[1], "check") && strcmp(argv[1], "sprinkle"))) {
+        fprintf(stderr, "usage: whole_disk rewrite|check|sprinkle DISK\n");
         return 2;
     }
     name = argv[2];
-    int rewrite = !strcmp(argv[1], "rewrite");
+    int rewrite = !strcmp(argv[1], "rewrite"), some = !strcmp(argv[1], "sprinkle");
     if (posix_memalign((void **)&buffer, SMALL, LARGE) || posix_memalign((void **)&wanted, SMALL, LARGE))
         stop("have memory", 0);
     for (size_t at = 0; at < LARGE; at += 8)
@@ -129,10 +143,14 @@ int main(int argc, char **argv)
     struct stat status;
     if (stat(name, &status))
         stop("look", 0);
-    int disk = open(name, (rewrite ? O_RDWR : O_RDONLY) | (S_ISBLK(status.st_mode) ? O_DIRECT : 0));
+    int disk = open(name, (rewrite || some ? O_RDWR : O_RDONLY) | (S_ISBLK(status.st_mode) ? O_DIRECT : 0));
     if (disk < 0)
         stop("open", 0);
     uint64_t size = lseek(disk, 0, SEEK_END), round = 0;
+    if (some) {
+        sprinkle(disk, size);
+        return 0;
+    }
     read_at(disk, 0, SECTOR);
     struct sector first = *(struct sector *)buffer;
     if (first.magic == MAGIC) {

@@ -19,7 +19,16 @@ from functional import disks as disks_module
 
 MiB = 1 << 20
 
-TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "fio", "fallocate", *loop_filesystem.TOOLS)
+TOOLS = (
+    "qemu-img",
+    "qemu-io",
+    "qemu-nbd",
+    "qemu-storage-daemon",
+    "fio",
+    "fallocate",
+    "prlimit",
+    *loop_filesystem.TOOLS,
+)
 
 # Sparse, so that what is not used costs nothing.
 SIZES = {

@@ -57,7 +57,7 @@ def attempt(
 ) -> PreallocationError | None:
     """Do it with the stand-ins; return what went wrong."""
     # Asked once a process.
-    qemu_img.forget_version()
+    qemu_img.forget()
     with monkeypatch.context() as patch:
         for name, value in programs.environment.items():
             patch.setenv(name, value)
@@ -65,7 +65,7 @@ def attempt(
         try:
             return disks_module.attempt(verb, path)
         finally:
-            qemu_img.forget_version()
+            qemu_img.forget()
 
 
 def require_nothing_lost(verb: Verb, disks: disks_module.Disks, path: pathlib.Path, *, done: bool) -> None:

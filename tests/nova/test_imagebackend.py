@@ -427,7 +427,8 @@ def test_disk_that_may_not_be_read_is_left_to_nova(
         # Root may read everything here.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(qcow2_header, "virtual_size", forbidden)
+    for name in ("virtual_size", "read"):
+        monkeypatch.setattr(qcow2_header, name, forbidden)
     made.cache(image, small_base, units.Gi)
 
     assert f"{image.path}: not preallocated" in caplog.text

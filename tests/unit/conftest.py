@@ -23,11 +23,11 @@ from .host import opened_by_qemu
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Forget what the library remembers for the life of a process."""
-    qemu_img.forget_version()
+    qemu_img.forget()
     log.forget()
     record.forget()
     yield
-    qemu_img.forget_version()
+    qemu_img.forget()
     log.forget()
     record.forget()
 

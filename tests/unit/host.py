@@ -61,11 +61,12 @@ _TIMEOUT = ("timeout", "--foreground")
 class Call:
     """A program that was run.
 
-    :param argv: as the program gets it, without the timeout that ends it
+    :param argv: as the program gets it, without the timeout that ends it and the prlimit that limits it
     :param shown: the same, with the names of files for those that stand for
         what this process has open
     :param seconds: after which it would have been ended
     :param stdin: the file that it gets as its standard input
+    :param limits: what it runs under, as prlimit's options; None without prlimit
     :param is_over_zeros: whether it grows an image as if its backing file were zeros
     """
 
@@ -75,6 +76,7 @@ class Call:
     seconds: float = 0.0
     is_over_zeros: bool = False
     stdin: os.stat_result | None = None
+    limits: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -96,9 +98,10 @@ class Call:
         """What was given with -o."""
         return csv(self.after("-o") or "")
 
-    @property
-    def limits(self) -> processutils.ProcessLimits | None:
-        return self.kwargs.get("prlimit")
+
+def limited(limits: processutils.ProcessLimits) -> tuple[str, ...]:
+    """Return what Call.limits is under these limits."""
+    return tuple(limits.prlimit_args())
 
 
 def csv(text: str) -> dict[str, str]:
@@ -118,6 +121,8 @@ class Programs(fixtures.Fixture):
         self.then: dict[str, Callable[[], Any]] = {}
         self._ends: dict[str, tuple[int, str]] = {}
         self._missing: set[str] = set()
+        # False: a program that is missing ends as it is told to.
+        self.fails_to_start = True
 
     def _setUp(self) -> None:
         self.useFixture(fixtures.MockPatch("oslo_concurrency.processutils.execute", self._execute))
@@ -142,7 +147,7 @@ class Programs(fixtures.Fixture):
 
     def _execute(self, *words: str, **kwargs: Any) -> tuple[str, str]:
         assert (words[:2], words[2].partition("=")[0]) == (_TIMEOUT, "--kill-after")
-        argv = words[4:]
+        limits, argv = _unlimited(words[4:])
         stdin = kwargs["preexec_fn"].__self__.stdin
         call = Call(
             argv,
@@ -151,10 +156,11 @@ class Programs(fixtures.Fixture):
             float(words[3]),
             _is_over_zeros(argv),
             None if stdin is None else os.fstat(stdin),
+            limits,
         )
         self.calls.append(call)
-        for program in ("timeout", argv[0]):
-            if program in self._missing:
+        for program in ("timeout", argv[0]) if limits is None else ("timeout", "prlimit", argv[0]):
+            if program in self._missing and self.fails_to_start:
                 self._fail_to_start(call, program)
         kwargs["on_execute"](mock.Mock())
         status, stderr = self._ends.get(call.name, (0, ""))
@@ -169,13 +175,18 @@ class Programs(fixtures.Fixture):
         return None if program in self._missing else f"/usr/bin/{program}"
 
     def _fail_to_start(self, call: Call, program: str) -> None:
-        if program != "timeout":
-            raise failure(call, 127, f"timeout: failed to run command '{program}': No such file or directory")
-        if call.limits is None:
+        if program == "timeout":
             raise FileNotFoundError(2, "No such file or directory", program)
-        raise failure(
-            call, 1, f"python -m oslo_concurrency.prlimit: failed to execute {program}: [Errno 2] No such file"
-        )
+        starter = "timeout" if call.limits is None or program == "prlimit" else "prlimit"
+        raise failure(call, 127, f"{starter}: failed to run command '{program}': No such file or directory")
+
+
+def _unlimited(words: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Take prlimit and its options off a command line."""
+    if words[0] != "prlimit":
+        return None, words
+    end = next(place for place, word in enumerate(words[1:], 1) if not word.startswith("--"))
+    return words[1:end], words[end:]
 
 
 def _is_over_zeros(argv: tuple[str, ...]) -> bool:
@@ -205,6 +216,7 @@ class Disk:
     compressed: int = 0
     snapshots: int = 0
     bitmaps: int = 0
+    refcount_bits: int = 16
     encrypted: bool = False
     corrupt: bool = False
     data_file: bool = False
@@ -367,37 +379,14 @@ class Host(Programs):
             return {"virtual-size": -(-size // 512) * 512, "filename": path, "format": "raw", "actual-size": disk.held}
         if format != disk.format:
             raise failure(call, 1, f"qemu-img: Could not open '{path}': Image is not in {format} format")
-        data: dict[str, Any] = {
-            "compat": "1.1",
-            "compression-type": "zlib",
-            "lazy-refcounts": False,
-            "refcount-bits": 16,
-            "corrupt": disk.corrupt,
-            "extended-l2": disk.extended_l2,
-        }
-        if disk.bitmaps:
-            data["bitmaps"] = [{"flags": ["auto"], "name": "b", "granularity": 65536}] * disk.bitmaps
-        if disk.data_file:
-            data["data-file"] = "data.raw"
-        info: dict[str, Any] = {
+        return {
             "virtual-size": disk.virtual_size,
             "filename": path,
             "cluster-size": disk.cluster_size,
             "format": disk.format,
             "actual-size": disk.held,
-            "format-specific": {"type": disk.format, "data": data},
             "dirty-flag": False,
         }
-        if disk.encrypted:
-            info["encrypted"] = True
-        if disk.snapshots:
-            info["snapshots"] = [{"id": "1", "name": "s", "vm-state-size": 0}] * disk.snapshots
-        if disk.backing_file is not None:
-            info["backing-filename"] = disk.backing_file
-            info["full-backing-filename"] = os.path.join(os.path.dirname(path), disk.backing_file)
-        if disk.backing_format is not None:
-            info["backing-filename-format"] = disk.backing_format
-        return info
 
     def _check(self, call: Call) -> dict[str, Any]:
         path = json.loads(call.argv[-1].partition(":")[2])["file"]["filename"]
@@ -586,6 +575,8 @@ class Host(Programs):
                 | (qcow2_file.DATA_FILE if disk.data_file else 0)
             ),
             autoclear=qcow2_file.AUTOCLEAR_BITMAPS if disk.bitmaps else 0,
+            bitmaps=disk.bitmaps,
+            refcount_order=disk.refcount_bits.bit_length() - 1,
             l1_filled=0 if filled else None,
         )
 

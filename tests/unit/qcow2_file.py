@@ -20,9 +20,12 @@ AUTOCLEAR_BITMAPS = 1 << 0
 
 # Where the header has the virtual size.
 SIZE_OFFSET = 24
+# And the autoclear features, since version 3.
+AUTOCLEAR_OFFSET = 88
 
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
+BITMAPS = 0x23852875
 END = 0
 
 
@@ -44,12 +47,15 @@ def write(
     incompatible: int = 0,
     compatible: int = 0,
     autoclear: int = 0,
+    bitmaps: int = 0,
+    refcount_order: int = 4,
     l1_entries: int | None = None,
     l1_filled: int | None = None,
     magic: bytes = MAGIC,
 ) -> str:
     """Write an image as qemu-img create does: header, refcount table and block, L1 table, each in its own cluster.
 
+    :param bitmaps: how many its header places; their directory is not there
     :param l1_entries: other than the virtual size needs
     :param l1_filled: which L1 entry points to an L2 table; else none does
     """
@@ -62,6 +68,8 @@ def write(
     extensions = b""
     if backing_format is not None:
         extensions += extension(BACKING_FORMAT, os.fsencode(backing_format))
+    if bitmaps:
+        extensions += extension(BITMAPS, struct.pack(">IIQQ", bitmaps, 0, 32 * bitmaps, 4 * cluster_size))
     if version == 3:
         extensions += extension(FEATURE_NAMES, b"\x00\x00dirty bit" + bytes(37))
     extensions += extension(END)
@@ -74,7 +82,7 @@ def write(
         encryption, l1_entries, l1_offset, cluster_size, 1, snapshots, 0,
     )  # fmt: skip
     if version == 3:
-        header += struct.pack(">QQQII", incompatible, compatible, autoclear, 4, header_length)
+        header += struct.pack(">QQQII", incompatible, compatible, autoclear, refcount_order, header_length)
         header += bytes(header_length - len(header))
 
     with open(path, "r+b" if os.path.exists(path) else "wb") as file:

@@ -7,13 +7,16 @@ from importlib import metadata
 import json
 import logging
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
+import fixtures
 from oslo_utils import units
 import pytest
 
 from imgprealloc import cli
+from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 
 from .host import SIZE
@@ -150,6 +153,46 @@ def test_disk_that_cannot_be_read_does_not_keep_the_rest_from_being_shown(host: 
     assert f"{host.path('missing')}: there is no such file" in shown.err
 
 
+@pytest.fixture
+def two_cpus() -> Iterator[None]:
+    """Let the command have two, whatever the machine has."""
+    with fixtures.MockPatchObject(abreast, "cpus", lambda: 2):
+        yield
+
+
+def test_show_looks_at_as_many_disks_at_a_time_as_there_are_cpus(host: Host, run: Run, two_cpus: None) -> None:
+    together = threading.Barrier(2, timeout=20)
+    host.then["check"] = together.wait
+    paths = [host.qcow2(name=f"disk{number}", mapped=1) for number in range(6)]
+
+    shown = run("show", "-f", "value", "-c", "path", *paths)
+
+    assert (shown.status, shown.out.split()) == (0, paths)
+
+
+def test_show_tells_disks_and_errors_in_the_order_that_was_asked_for(host: Host, run: Run, two_cpus: None) -> None:
+    paths = [host.path(f"disk{number}") for number in range(30)]
+    for number, path in enumerate(paths):
+        if number % 3:
+            host.qcow2(name=os.path.basename(path), mapped=1)
+
+    shown = run("show", "--check", "-f", "value", "-c", "path", *paths)
+
+    assert (shown.status, shown.out.split()) == (1, [path for number, path in enumerate(paths) if number % 3])
+    assert [line.partition(": ")[0] for line in shown.err.splitlines()] == paths[::3]
+
+
+@pytest.mark.parametrize("verb", [["allocate"], ["allocate", "--rewrite"]])
+def test_what_writes_works_on_one_disk_after_the_other(host: Host, run: Run, two_cpus: None, verb: list[str]) -> None:
+    threads: set[int] = set()
+    host.then["fallocate"] = lambda: threads.add(threading.get_ident())
+    paths = [host.raw(name=f"disk{number}") for number in range(4)]
+
+    assert run(*verb, "--disk-format", "raw", *paths).status == 0
+
+    assert threads == {threading.get_ident()}
+
+
 def leave(host: Host, name: str, mode: int) -> str:
     with open(host.path(name), "wb") as file:
         os.fchmod(file.fileno(), mode)
@@ -265,7 +308,8 @@ def test_raw_disk_stays_raw_whatever_its_guest_has_written_to_it(
     shown = run(verb, "-f", "value", "-c", "format", disk, *after)
 
     assert (shown.status, shown.out) == (0, "raw\n")
-    assert all(call.after("-f") == "raw" for call in host.run("info", "resize"))
+    assert all(call.after("-f") == "raw" for call in host.run("resize"))
+    assert host.run("info", "check") == []
 
 
 def test_raw_disk_that_begins_like_qcow2_is_told_of(host: Host, run: Run) -> None:

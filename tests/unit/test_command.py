@@ -44,7 +44,7 @@ def test_programs_speak_the_c_locale_and_keep_the_rest_of_the_environment(progra
 
 
 def test_no_python_imports_from_where_we_are(programs: Programs) -> None:
-    # Both oslo's wrapper for limits and our own helper are started with -m.
+    # Our own helpers are started with -m.
     command.run(DISK, "qemu-img", "create", DISK)
 
     assert programs.calls[0].kwargs["cwd"] == "/"
@@ -67,7 +67,55 @@ def test_program_is_run_without_a_shell_and_without_root(programs: Programs) -> 
 def test_limits_are_passed_on(programs: Programs) -> None:
     command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
-    assert programs.calls[0].limits is LIMITS
+    assert programs.calls[0].limits == ("--as=9", "--cpu=7")
+
+
+def test_limits_are_set_in_the_program_and_nowhere_else() -> None:
+    # For real: as prlimit has set them.
+    limits = processutils.ProcessLimits(cpu_time=7, address_space=units.Gi, file_size=units.Mi)
+    told = {
+        line[:26].strip(): line[26:].split()[:2]
+        for line in command.run(DISK, "cat", "/proc/self/limits", limits=limits).splitlines()
+    }
+
+    assert told["Max cpu time"] == ["7", "7"]
+    assert told["Max address space"] == [str(units.Gi)] * 2
+    assert told["Max file size"] == [str(units.Mi)] * 2
+    assert "1073741824" not in pathlib.Path("/proc/self/limits").read_text()
+
+
+def test_no_python_is_started_to_set_limits(programs: Programs) -> None:
+    command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
+
+    assert "prlimit" not in programs.calls[0].kwargs
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [("while :; do :; done", signal.SIGKILL), ("kill -XCPU $$", signal.SIGXCPU), ("kill -SEGV $$", signal.SIGSEGV)],
+)
+def test_program_that_is_ended_under_its_limits_is_told_with_the_signal(script: str, number: int) -> None:
+    # For real: through prlimit and timeout.
+    with pytest.raises(exceptions.ProgramKilled, match=f"by signal {int(number)} under its limits"):
+        command.run(DISK, "sh", "-c", script, limits=processutils.ProcessLimits(cpu_time=1))
+
+
+def test_program_that_gets_no_more_memory_fails_by_itself() -> None:
+    limits = processutils.ProcessLimits(address_space=100 * units.Mi)
+
+    with pytest.raises(exceptions.CommandFailed, match=r"memory exhausted|annot allocate"):
+        command.run(DISK, "dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1", limits=limits)
+
+
+def test_program_that_prints_more_than_it_may_is_not_ended_for_it() -> None:
+    # qemu-img check complains of each leaked cluster, and its answer still counts.
+    limits = processutils.ProcessLimits(file_size=units.Mi)
+
+    script = 'complaint=$(printf %2000000s); echo "$complaint" >&2; echo answer'
+    # By the shell itself, not by a program that it starts.
+    said = command.run(DISK, "sh", "-c", script, limits=limits)
+
+    assert said == "answer\n"
 
 
 def test_something_else_is_done_while_the_program_runs() -> None:
@@ -193,34 +241,45 @@ def test_program_that_is_there_and_fails_under_limits_is_not_missing(programs: P
         command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
 
-@pytest.fixture
-def only_timeout(tmp_path: pathlib.Path) -> Iterator[None]:
-    """Let nothing but coreutils' timeout be installed."""
-    (tmp_path / "timeout").symlink_to(str(shutil.which("timeout")))
-    with fixtures.EnvironmentVariable("PATH", str(tmp_path)):
+@contextlib.contextmanager
+def installed(folder: pathlib.Path, *programs: str) -> Iterator[None]:
+    """Let nothing but these be installed."""
+    for program in programs:
+        (folder / program).symlink_to(str(shutil.which(program)))
+    with fixtures.EnvironmentVariable("PATH", str(folder)):
         yield
 
 
-# Not played: how timeout and oslo.concurrency's wrapper end is theirs to say.
+# Not played: how timeout and prlimit end is theirs to say.
 @pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
-def test_program_that_is_missing_is_told_apart(only_timeout: None, limits: processutils.ProcessLimits | None) -> None:
-    with pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started") as caught:
-        command.run(DISK, "qemu-img", "info", DISK, limits=limits)
-
-    assert caught.value.program == "qemu-img"
-
-
-@pytest.mark.parametrize("limits", [None, processutils.ProcessLimits(cpu_time=30, address_space=2**30)])
-def test_missing_timeout_is_not_a_missing_program(
-    tmp_path: pathlib.Path, limits: processutils.ProcessLimits | None
+@pytest.mark.parametrize(
+    ("there", "missing"), [((), "timeout"), (("timeout",), "prlimit"), (("timeout", "prlimit"), "qemu-img")]
+)
+def test_program_that_is_missing_is_told_apart(
+    tmp_path: pathlib.Path, limits: processutils.ProcessLimits | None, there: tuple[str, ...], missing: str
 ) -> None:
+    if limits is None and missing == "prlimit":
+        # Nothing wants it.
+        missing = "qemu-img"
     with (
-        fixtures.EnvironmentVariable("PATH", str(tmp_path)),
-        pytest.raises(exceptions.ProgramMissing, match="timeout could not be started") as caught,
+        installed(tmp_path, *there),
+        pytest.raises(exceptions.ProgramMissing, match=f"{missing} could not be started") as caught,
     ):
         command.run(DISK, "qemu-img", "info", DISK, limits=limits)
 
-    assert caught.value.program == "timeout"
+    assert caught.value.program == missing
+
+
+@pytest.mark.parametrize("status", [1, 126, 127])
+def test_missing_program_is_told_whatever_status_a_release_of_prlimit_has_for_it(
+    programs: Programs, status: int
+) -> None:
+    programs.uninstall("qemu-img")
+    programs.ends("info", status)
+    programs.fails_to_start = False
+
+    with pytest.raises(exceptions.ProgramMissing, match="qemu-img could not be started"):
+        command.run(DISK, "qemu-img", "info", DISK, limits=LIMITS)
 
 
 def test_failed_program_is_told_with_the_names_of_the_files_that_it_was_given(
@@ -381,6 +440,34 @@ def test_program_ends_with_the_process_that_has_started_it(tmp_path: pathlib.Pat
     code = (
         "from oslo_concurrency import processutils; from imgprealloc import command;"
         f"command.run('disk', *{sleeper(told)!r}, limits={limits})"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as parent:
+        until(told.exists)
+        parent.kill()
+
+    until(lambda: is_gone(int(told.read_text())))
+
+
+def test_program_whose_starter_is_gone_already_does_nothing(tmp_path: pathlib.Path) -> None:
+    # Too late to be told of its death.
+    with (
+        fixtures.MockPatchObject(os, "getppid", lambda: 1),
+        pytest.raises(exceptions.ProgramKilled),
+    ):
+        command.run(DISK, "touch", str(tmp_path / "done"))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limits", ["None", "processutils.ProcessLimits(cpu_time=30)"])
+def test_program_that_a_thread_waits_for_ends_with_the_process_too(tmp_path: pathlib.Path, limits: str) -> None:
+    told = tmp_path / "told"
+    code = (
+        "import threading, time; from oslo_concurrency import processutils; from imgprealloc import command;"
+        f"threading.Thread(target=command.run, args=('disk', *{sleeper(told)!r}), kwargs=dict(limits={limits}),"
+        " daemon=True).start(); time.sleep(300)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -35,7 +35,7 @@ FLOORS = (
     {"healing", "opts", "seams"},
     {"nova", "extra_specs"},
     {"check_nova"},
-    {"cli.signals"},
+    {"cli.abreast", "cli.signals"},
     {"cli.disks"},
     {"cli.allocate", "cli.check_nova", "cli.create", "cli.resize", "cli.show"},
     {"cli"},

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 import logging
+import threading
+import time
 
 import fixtures
 import pytest
@@ -54,3 +57,23 @@ def test_new_process_warns_of_everything_once_more(logged: Logged) -> None:
     log.warn_once("short", "/d/disk", "short")
 
     assert len(logged(logging.WARNING)) == 2
+
+
+class Slow(collections.OrderedDict[tuple[str, str], None]):
+    """A memory that takes so long to look into that all who ask do it at the same time."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        time.sleep(0.05)
+        return found
+
+
+def test_of_several_threads_one_warns(logged: Logged) -> None:
+    with fixtures.MockPatchObject(log, "_warned", Slow()):
+        threads = [threading.Thread(target=log.warn_once, args=("short", "/d/disk", "short")) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert (len(logged(logging.WARNING)), len(logged(logging.DEBUG))) == (1, 3)

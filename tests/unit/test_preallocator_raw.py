@@ -5,6 +5,7 @@ from collections.abc import Callable
 import os
 from typing import Any
 
+import fixtures
 from oslo_utils import units
 import pytest
 
@@ -12,6 +13,7 @@ from imgprealloc import Existing
 from imgprealloc import Mode
 from imgprealloc import OnUnsupported
 from imgprealloc import exceptions
+from imgprealloc import filesystem
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
@@ -295,9 +297,15 @@ def test_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object
 def test_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
-    host.then["info"] = lambda: os.utime(path)
 
-    with pytest.raises(exceptions.ImageInUse, match="written to"):
+    def look(name: str) -> bool:
+        os.utime(path)
+        return True
+
+    with (
+        fixtures.MockPatchObject(filesystem, "copies_on_write", look),
+        pytest.raises(exceptions.ImageInUse, match="written to"),
+    ):
         in_format.raw().preallocate(path, existing="rewrite")
 
     assert host.changes == []

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import os
 import struct
+import tracemalloc
 from typing import Any
 
 from oslo_utils import units
@@ -179,6 +181,16 @@ def test_backing_file_s_name_beyond_the_first_4096_bytes_is_not_guessed(path: st
     assert qcow2_header.blank(path) is None
 
 
+@pytest.mark.parametrize(("offset", "length"), [(2 * units.Mi, 4), (2**40, 4), (2**64 - 1, 4), (65534, 4), (512, 1024)])
+def test_backing_file_s_name_where_qemu_has_none_is_a_fault_and_not_blank(path: str, offset: int, length: int) -> None:
+    # What stands there instead would become the new disk's base.
+    qcow2_file.write(path, backing_file="base", backing_format="raw")
+    qcow2_file.patch(path, min(offset, 2 * units.Mi), b"x" * length)
+    qcow2_file.patch(path, 8, struct.pack(">QI", offset, length))
+
+    assert qcow2_header.blank(path) is None
+
+
 def test_name_s_length_without_a_place_is_no_backing_file(path: str) -> None:
     # As QEMU reads it: offset 0 means that there is none.
     qcow2_file.write(path)
@@ -269,11 +281,124 @@ def test_file_without_a_header_has_no_backing_file(path: str) -> None:
     assert qcow2_header.backing(path) == (None, None)
 
 
-@pytest.mark.parametrize(("incompatible", "elsewhere"), [(qcow2_file.DATA_FILE, True), (qcow2_file.DIRTY, False)])
-def test_header_tells_whether_the_data_is_in_another_file(path: str, incompatible: int, elsewhere: bool) -> None:
-    qcow2_file.write(path, incompatible=incompatible)
+# All of it.
 
-    assert qcow2_header.has_data_file(path) is elsewhere
+
+def header(path: str) -> qcow2_header.Header:
+    with open(path, "rb") as file:
+        return qcow2_header.read(path, file.fileno())
+
+
+def test_header_is_told_as_it_stands(path: str) -> None:
+    qcow2_file.write(
+        path, 3 * units.Gi + 7, cluster_bits=17, refcount_order=3, snapshots=2, bitmaps=5,
+        incompatible=qcow2_file.EXTENDED_L2, autoclear=qcow2_file.AUTOCLEAR_BITMAPS,
+        backing_file="base", backing_format="raw",
+    )  # fmt: skip
+
+    found = header(path)
+
+    assert (found.version, found.virtual_size, found.cluster_size) == (3, 3 * units.Gi + 7, 131072)
+    assert (found.refcount_bits, found.extended_l2, found.snapshots, found.bitmaps) == (8, True, 2, 5)
+    assert (found.backing_file, found.backing_format) == ("base", "raw")
+    assert (found.corrupt, found.encrypted, found.has_data_file, found.has_lost_bitmaps) == (False,) * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "mark"),
+    [({"incompatible": qcow2_file.DATA_FILE}, "has_data_file"), ({"incompatible": qcow2_file.CORRUPT}, "corrupt"),
+     ({"incompatible": qcow2_file.EXTENDED_L2}, "extended_l2"), ({"encryption": 1}, "encrypted"),
+     ({"encryption": 2}, "encrypted"), ({"autoclear": qcow2_file.AUTOCLEAR_BITMAPS}, "has_lost_bitmaps")],
+)  # fmt: skip
+def test_mark_in_the_header_is_read_as_that_and_no_other(path: str, more: dict[str, Any], mark: str) -> None:
+    qcow2_file.write(path, **more)
+
+    marks = ("has_data_file", "corrupt", "extended_l2", "encrypted", "has_lost_bitmaps")
+    assert [name for name in marks if getattr(header(path), name)] == [mark]
+
+
+def test_version_2_has_16_bits_for_a_refcount_and_none_of_the_marks(path: str) -> None:
+    # What stands where version 3 has its marks is something else.
+    qcow2_file.write(path, version=2, backing_file="base", backing_format="raw")
+    qcow2_file.patch(path, 72 + 16, b"\xff" * 24)
+
+    found = header(path)
+
+    assert (found.version, found.refcount_bits, found.incompatible, found.autoclear) == (2, 16, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"QFI", b"QFI\xfb" + bytes(67), bytes(512), b"QFI\xfb\0\0\0\3" + bytes(90)])
+def test_file_without_a_whole_header_is_not_read_as_one(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+
+    with pytest.raises(exceptions.FormatMismatch, match=path):
+        header(path)
+
+
+def test_no_header_makes_another_error_than_ours_or_takes_memory(path: str) -> None:
+    # Each field in turn has each value that could hurt.
+    fields = {4: 4, 8: 8, 16: 4, 20: 4, 24: 8, 32: 4, 36: 4, 40: 8, 60: 4, 72: 8, 88: 8, 96: 4, 100: 4, 112: 4, 116: 4}
+    tracemalloc.start()
+    try:
+        for offset, width in fields.items():
+            for value in (0, 1, 2**31, 2 ** (8 * width - 1), 2 ** (8 * width) - 1):
+                qcow2_file.write(path, units.Mi, backing_file="base", backing_format="raw")
+                qcow2_file.patch(path, offset, (value % 2 ** (8 * width)).to_bytes(width, "big"))
+                with contextlib.suppress(exceptions.BrokenImage, exceptions.FormatMismatch):
+                    found = header(path)
+                    assert found.cluster_size <= 2 * units.Mi
+                    assert len(found.backing_file or "") < 1024
+                qcow2_header.blank(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 * units.Mi
+    finally:
+        tracemalloc.stop()
+
+
+def test_extensions_without_number_are_passed_over(path: str) -> None:
+    # 260,000 of no length, each of a kind of its own.
+    qcow2_file.write(path, cluster_bits=21)
+    many = b"".join(struct.pack(">II", kind, 0) for kind in range(1, 262_000))
+    qcow2_file.patch(path, 112, many)
+
+    tracemalloc.start()
+    try:
+        assert header(path).bitmaps is None
+        assert tracemalloc.get_traced_memory()[1] < 8 * units.Mi
+    finally:
+        tracemalloc.stop()
+
+
+def test_extension_is_found_wherever_it_stands_in_the_first_cluster(path: str) -> None:
+    # Bitmaps that are not seen would be lost in a copy.
+    qcow2_file.write(path, autoclear=qcow2_file.AUTOCLEAR_BITMAPS)
+    before = qcow2_file.extension(0x12345678, bytes(20_000))
+    bitmaps = qcow2_file.extension(qcow2_file.BITMAPS, struct.pack(">IIQQ", 3, 0, 96, 65536))
+    qcow2_file.patch(path, 112, before + bitmaps + qcow2_file.extension(qcow2_file.END))
+
+    assert header(path).bitmaps == 3
+
+
+def test_backing_file_s_name_is_no_extension(path: str) -> None:
+    # QEMU looks for extensions up to the name, and a guest's name may look like one.
+    name = os.fsdecode(qcow2_file.extension(qcow2_file.BACKING_FORMAT, b"vmdk"))
+    qcow2_file.write(path, backing_file=name)
+    with open(path, "rb") as file:
+        last = file.read().index(os.fsencode(name)) - 8
+    # In the place of the mark of their end.
+    qcow2_file.patch(path, last, qcow2_file.extension(0x12345678))
+
+    assert header(path).backing_file == name
+    assert header(path).backing_format is None
+
+
+def test_of_two_backing_formats_the_last_counts_as_for_qemu(path: str) -> None:
+    qcow2_file.write(path, backing_file="base")
+    formats = b"".join(qcow2_file.extension(qcow2_file.BACKING_FORMAT, name) for name in (b"raw", b"qcow2"))
+    qcow2_file.patch(path, 112, formats + qcow2_file.extension(qcow2_file.END) + b"base")
+    qcow2_file.patch(path, 8, struct.pack(">Q", 112 + len(formats) + 8))
+
+    assert qcow2_header.backing(path) == ("base", "qcow2")
 
 
 @pytest.mark.parametrize(

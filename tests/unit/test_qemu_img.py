@@ -17,6 +17,7 @@ from imgprealloc import qemu_img
 from . import host as hosts
 from .host import Host
 from .host import Programs
+from .host import limited
 
 DISK = "/instances/1/disk"
 # What a program gets.
@@ -48,9 +49,7 @@ def test_image_is_read_in_its_format_under_limits_also_while_a_guest_has_it(
     assert call.after("-f") == "qcow2"
     assert "--output=json" in call.argv
     assert "-U" in call.argv
-    assert call.limits is not None
-    assert call.limits.cpu_time == 30
-    assert call.limits.address_space == (2 * units.Gi if name == "check" else units.Gi)
+    assert call.limits == (f"--as={(2 if name == 'check' else 1) * units.Gi}", "--cpu=30", f"--fsize={units.Mi}")
     assert call.kwargs["env_variables"]["LC_ALL"] == "C"
 
 
@@ -74,7 +73,7 @@ def test_only_an_image_of_unknown_format_is_looked_at_without_one(programs: Prog
     qemu_img.info(DISK, NAME)
 
     assert "-f" not in programs.calls[0].argv
-    assert programs.calls[0].limits is qemu_img.LIMITS
+    assert programs.calls[0].limits == limited(qemu_img.LIMITS)
 
 
 @pytest.mark.parametrize("status", [2, 3])
@@ -132,6 +131,40 @@ def test_measure_gives_the_size_with_everything_allocated(programs: Programs) ->
     assert qemu_img.measure(DISK, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1074135040
     assert programs.calls[0].after("--size") == str(units.Gi)
     assert programs.calls[0].options == {"cluster_size": "65536"}
+
+
+def test_same_shape_is_measured_once(programs: Programs) -> None:
+    programs.answers["measure"] = said({"required": 1, "fully-allocated": 1074135040})
+
+    for disk in (DISK, "/instances/2/disk"):
+        assert qemu_img.measure(disk, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1074135040
+
+    assert len(programs.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2 * units.Gi, {"cluster_size": "65536"}), (units.Gi, {"cluster_size": "131072"}),
+     (units.Gi, {"cluster_size": "65536", "extended_l2": "on"})],
+)  # fmt: skip
+def test_other_shape_is_measured_anew(programs: Programs, size: int, options: dict[str, str]) -> None:
+    programs.answers["measure"] = lambda call: json.dumps({"fully-allocated": len(programs.calls)})
+
+    assert qemu_img.measure(DISK, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1
+    assert qemu_img.measure(DISK, size, "qcow2", options) == 2
+
+
+def test_measure_that_failed_is_tried_again_and_names_the_disk_that_it_was_for(programs: Programs) -> None:
+    programs.answers["measure"] = said({"fully-allocated": 5})
+    programs.ends("measure", 1, "qemu-img: no")
+
+    for disk in (DISK, "/instances/2/disk"):
+        with pytest.raises(exceptions.CommandFailed) as caught:
+            qemu_img.measure(disk, units.Gi, "qcow2", {})
+        assert caught.value.path == disk
+        assert str(caught.value).startswith(f"{disk}: ")
+    programs.ends("measure", 0)
+    assert qemu_img.measure(DISK, units.Gi, "qcow2", {}) == 5
 
 
 def test_measure_without_a_size_in_it_is_an_error(programs: Programs) -> None:

@@ -9,11 +9,15 @@ import contextlib
 import os
 import pathlib
 import signal
+import threading
+import time
 from typing import Any
 
+import fixtures
 import pytest
 
 from imgprealloc import cli
+from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 from imgprealloc.cli import signals
 
@@ -106,6 +110,35 @@ def test_command_ends_with_128_and_the_number_and_a_line_about_the_disk(
     assert line.startswith(f"imgprealloc: stopped by {number.name}: {disk} ")
     # Nothing beside it.
     assert host.files == before
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_show_of_many_disks_ends_with_one_line_about_the_one_that_was_waited_for(
+    host: Host, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    others = set(threading.enumerate())
+    goes_on = threading.Event()
+    first = threading.Lock()
+
+    def stop() -> None:
+        if first.acquire(blocking=False):
+            send(number)
+        goes_on.wait(20)
+
+    host.then["check"] = stop
+    paths = [host.qcow2(name=f"disk{place}", mapped=1) for place in range(20)]
+
+    with fixtures.MockPatchObject(abreast, "cpus", lambda: 2):
+        status = cli.main(["show", *paths])
+    goes_on.set()
+    deadline = time.monotonic() + 20
+    while set(threading.enumerate()) - others and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert status == 128 + number
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"imgprealloc: stopped by {number.name}: {paths[0]} is as it was"
+    assert len(host.run("check")) <= 2
 
 
 def replaced(disk: pathlib.Path) -> None:
