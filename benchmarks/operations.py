@@ -51,13 +51,17 @@ class Cost:
 
 @dataclasses.dataclass
 class Pairs:
-    """What an operation took on stock Nova's disk and on another, in the order of the turns."""
+    """What an operation took on stock Nova's disk and on another, in the order of the turns.
+
+    :param barred: whether it has a bar: stock Nova does the same, and not less
+    """
 
     filesystem: str
     operation: str
     disk: str
     stock: list[Cost] = dataclasses.field(default_factory=list)
     ours: list[Cost] = dataclasses.field(default_factory=list)
+    barred: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

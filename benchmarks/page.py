@@ -155,7 +155,7 @@ def read(text: str) -> Results:
 
     def both(row: dict[str, Any]) -> Pairs:
         sides = {side: [operations.Cost(**cost) for cost in row[side]] for side in ("stock", "ours")}
-        return Pairs(row["filesystem"], row["operation"], row["disk"], **sides)
+        return Pairs(**{**row, **sides})
 
     return Results(
         found["facts"],
@@ -170,8 +170,12 @@ def read(text: str) -> Results:
 
 def _build(row: Mapping[str, Any]) -> Pairs:
     """Read what build_time.py tells, which is times alone."""
-    sides = [[operations.Cost(taken, 0, 0) for taken in row[f"{side}_seconds"]] for side in ("stock", "imgprealloc")]
-    return Pairs(row["filesystem"], row["disk"], "imgprealloc", *sides)
+    stock, ours = (
+        [operations.Cost(taken, 0, 0) for taken in row[f"{side}_seconds"]] for side in ("stock", "imgprealloc")
+    )
+    # An older one has builds alone, and does not say so.
+    name = ", ".join(row[key] for key in ("deed", "disk") if key in row)
+    return Pairs(row["filesystem"], name, "imgprealloc", stock, ours, barred=row["bar"] is not None)
 
 
 def page(results: Results) -> str:
