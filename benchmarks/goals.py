@@ -24,12 +24,16 @@ Sense = Literal["at least", "at most"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One ratio, and where it was measured."""
+    """One ratio, and where it was measured.
+
+    :param noise: what two disks that are alike did there
+    """
 
     where: str
     disk: str
     against: str
     ratio: Spread
+    noise: Optional[Spread] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _is_chosen(both: operations.Pairs) -> bool:
 def _rates(series: Iterable[turns.Series], disk: str, against: str) -> list[Case]:
     """Compare two disks in all that both were measured in."""
     return [
-        Case(where(one), disk, against, pairs.ratio(one.rates[disk], one.rates[against]))
+        Case(where(one), disk, against, pairs.ratio(one.rates[disk], one.rates[against]), noise(one))
         for one in series
         if disk in one.rates and against in one.rates
     ]
@@ -144,6 +148,13 @@ def _rates(series: Iterable[turns.Series], disk: str, against: str) -> list[Case
 
 def _time(both: operations.Pairs) -> Case:
     return Case(f"{both.filesystem}, {both.operation}", both.disk, subjects.STOCK, operations.seconds(both))
+
+
+def noise(one: turns.Series) -> Optional[Spread]:
+    """Compare stock Nova's disk with another of its kind, if there is one."""
+    if subjects.CONTROL not in one.rates:
+        return None
+    return pairs.ratio(one.rates[subjects.CONTROL], one.rates[subjects.STOCK])
 
 
 def where(one: turns.Series) -> str:

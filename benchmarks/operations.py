@@ -79,7 +79,7 @@ class Course:
 
 
 _DISKS = [("falloc", "unallocated"), ("falloc", "allocated"), ("falloc", "copied")]
-FULL = Course(2048 * MIB, 5, [*_DISKS, ("metadata", "unallocated"), ("full", "unallocated")])
+FULL = Course(2048 * MIB, 7, [*_DISKS, ("metadata", "unallocated"), ("full", "unallocated")])
 SHORT = Course(1024 * MIB, 3, _DISKS)
 
 # Makes a disk by Nova's code, stock or with imgprealloc, as at each host of the cloud.

@@ -48,9 +48,9 @@ _TEXT = """\
 Benchmarks
 ==========
 
-Measured by ``tox -e bench``, {form}, which has also written this page. A machine
-with disks of its own gives other rates; the ratios are what to look at, and
-``tox -e bench -- --short`` gives those of your host in some minutes.
+Measured by ``tox -e bench``, {form}; ``benchmarks/page.py`` has written this
+page from what it found. A machine with disks of its own gives other rates; the
+ratios are what to look at, and ``tox -e bench -- --short`` gives those of your host.
 
 How it is measured
 ==================
@@ -87,7 +87,8 @@ Where we lose
 
 Wherever an overlay of imgprealloc's was slower than stock Nova's, in three
 quarters of the pairs or more, the worst first; below 1 for a guest's requests a
-second, above 1 for the time of an operation of Nova's.
+second, above 1 for the time of an operation of Nova's. Beside it is what stock
+Nova's second disk did there: where that is as far from 1, it says nothing.
 
 {losses}
 
@@ -233,11 +234,7 @@ def _by_unit(growths: Sequence[costs.Growth]) -> dict[str, list[costs.Growth]]:
 
 
 def _noise(series: Sequence[turns.Series]) -> str:
-    twice = [
-        pairs.ratio(one.rates[subjects.CONTROL], one.rates[subjects.STOCK])
-        for one in series
-        if subjects.CONTROL in one.rates
-    ]
+    twice = [spread for spread in map(goals.noise, series) if spread is not None]
     if not twice:
         return _NONE
     lowest, highest = min(spread.median for spread in twice), max(spread.median for spread in twice)
@@ -261,7 +258,8 @@ def _goals(found: Sequence[goals.Goal]) -> str:
 def _losses(found: Sequence[goals.Case]) -> str:
     if not found:
         return "Nowhere in this run."
-    return _table(("disk", "where", "ratio"), [(case.disk, case.where, str(case.ratio)) for case in found])
+    rows = [(case.disk, case.where, str(case.ratio), str(case.noise or "")) for case in found]
+    return _table(("disk", "where", "ratio", "stock Nova, again"), rows)
 
 
 def _guest_io(series: Sequence[turns.Series]) -> str:

@@ -109,7 +109,7 @@ def test_page_has_ratios_goals_losses_and_noise() -> None:
     assert "100 a second" in made
     assert f"{_OURS}  0.50 (0.50-0.50)\n" in made
     assert "NOT MET in 1 of 1" in made
-    assert f"{_OURS}  ext4, QD16: first writes, over the base  0.50" in made
+    assert f"{_OURS}  ext4, QD16: first writes, over the base  0.50 (0.50-0.50)  1.00 (0.95-1.05)\n" in made
     assert "between 1.00 and 1.00, and from quartile to quartile it was mostly\n0.10" in made
     assert ":qemu: 7.2.22" in made
 
