@@ -15,6 +15,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import textwrap
 from typing import Any
 
 import costs
@@ -48,9 +49,7 @@ _TEXT = """\
 Benchmarks
 ==========
 
-Measured by ``tox -e bench``, {form}; ``benchmarks/page.py`` has written this
-page from what it found. A machine with disks of its own gives other rates; the
-ratios are what to look at, and ``tox -e bench -- --short`` gives those of your host.
+{introduction}
 
 How it is measured
 ==================
@@ -127,6 +126,12 @@ How the cost grows
 {costs}
 """
 
+_INTRODUCTION = (
+    "Measured by ``tox -e bench``, {}; ``benchmarks/page.py`` has written this page from what it found. A machine with "
+    "disks of its own gives other rates; the ratios are what to look at, and ``tox -e bench -- --short`` gives those "
+    "of your host."
+)
+
 _NONE = "Not measured in this run."
 
 
@@ -182,7 +187,7 @@ def _build(row: Mapping[str, Any]) -> Pairs:
 def page(results: Results) -> str:
     """Make the page."""
     return _TEXT.format(
-        form=results.form,
+        introduction=_filled(_INTRODUCTION.format(results.form)),
         facts="\n".join(f":{key}: {value}" for key, value in results.facts.items()),
         noise=_noise(results.guest_io),
         goals=_goals(goals.all_goals(results.guest_io, results.all_operations)),
@@ -239,10 +244,10 @@ def _noise(series: Sequence[turns.Series]) -> str:
         return _NONE
     lowest, highest = min(spread.median for spread in twice), max(spread.median for spread in twice)
     middle = pairs.spread([spread.high - spread.low for spread in twice]).median
-    return (
-        "Stock Nova's disk takes part twice, and ought to be as fast as itself. The medians\n"
-        f"of its ratios lay between {lowest:.2f} and {highest:.2f}, and from quartile to quartile it was mostly\n"
-        f"{middle:.2f}. What is no further from 1 than that says nothing."
+    return _filled(
+        "Stock Nova's disk takes part twice, and ought to be as fast as itself. The medians of its ratios lay between "
+        f"{lowest:.2f} and {highest:.2f}, and from quartile to quartile it was mostly {middle:.2f}. What is no further "
+        "from 1 than that says nothing."
     )
 
 
@@ -317,6 +322,10 @@ def _costs(found: Sequence[costs.Growth]) -> str:
         for count, seconds in growth.points
     ]
     return f"{pictured}\n\n{_table(('on', 'what', 'of', 'takes'), rows)}"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
