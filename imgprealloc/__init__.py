@@ -28,6 +28,7 @@ from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.preallocator import Preallocator
+from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
 from imgprealloc.settings import OverlaySubclusters
@@ -59,6 +60,7 @@ __all__ = (
     "Preallocator",
     "ProgramKilled",
     "ProgramMissing",
+    "Progress",
     "QemuImgTooOld",
     "State",
     "UnsupportedFilesystem",

@@ -17,12 +17,14 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 from oslo_concurrency import processutils
 from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import os_errors
+from imgprealloc import progress
 
 # Neither qemu-img nor fallocate(1) tells these two by its exit status, and
 # both print strerror(3): under LC_ALL=C this is all that there is to go by.
@@ -39,6 +41,8 @@ _ENVIRONMENT = {
 WALL_TIME = 600.0
 # Bytes a second, for what writes: slower than any disk that guests run on.
 SLOWEST = 4 * units.Mi
+# Seconds between two looks at how far a program has come.
+_BETWEEN_LOOKS = 0.2
 # Seconds from the request to end to the end.
 _GRACE = 10
 
@@ -66,6 +70,7 @@ def run(
     work: int = 0,
     stdin: int | None = None,
     meanwhile: Callable[[], object] | None = None,
+    copied: int | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
 
@@ -81,6 +86,7 @@ def run(
     :param stdin: an open file that the program gets as its standard input
     :param meanwhile: called once the program has been started, without a
         thread, which eventlet may never wake again
+    :param copied: bytes that it copies, and prints percents of
     :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
         meanwhile raises
     """
@@ -96,6 +102,12 @@ def run(
         except Exception as exc:
             # Not before the program has ended.
             raised.append(exc)
+        if copied is not None:
+            # Whoever is told may raise, and thereby end it.
+            progress.tell(0, copied)
+        while copied is not None and process.poll() is None:
+            progress.tell_printed(printed.stdout_so_far, copied)
+            time.sleep(_BETWEEN_LOOKS)
 
     # util-linux' prlimit, because oslo.concurrency's is a Python, which takes
     # longer to start than most looks at a disk.
@@ -126,6 +138,8 @@ def run(
             raise
         if raised:
             raise raised[0]
+        if copied is not None:
+            progress.tell(copied, copied)
         # Nothing comes through a pipe from a program that is really run.
         return str(piped) + printed.stdout
 
@@ -168,16 +182,20 @@ class _Printed:
 
     @property
     def stdout(self) -> str:
+        return os.fsdecode(self.stdout_so_far)
+
+    @property
+    def stdout_so_far(self) -> bytes:
         return self._read(self._files[0])
 
     @property
     def stderr(self) -> str:
-        return self._read(self._files[1])
+        return os.fsdecode(self._read(self._files[1]))
 
     @staticmethod
-    def _read(fd: int) -> str:
+    def _read(fd: int) -> bytes:
         # The program's position is ours.
-        return os.fsdecode(os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), MOST_PRINTED), 0))
+        return os.pread(fd, min(os.lseek(fd, 0, os.SEEK_CUR), MOST_PRINTED), 0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

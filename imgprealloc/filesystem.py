@@ -23,6 +23,7 @@ _WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 _REMOTE = frozenset({"9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre", "nfs", "nfs4", "ocfs2", "smb3"})
 
 _FS_IOC_GETFLAGS = 0x80086601
+_FS_COMPR_FL = 0x00000004
 _FS_NOCOW_FL = 0x00800000
 
 
@@ -34,11 +35,18 @@ class Filesystem:
     :param fallocate: whether fallocate(2) works there and really holds space
     :param copy_on_write: whether an overwrite takes new space, unless nocow
         is set on the file
+    :param cause: why it holds no space, where that is not its type alone
     """
 
     type: str
     fallocate: bool
     copy_on_write: bool
+    cause: str = ""
+
+    @property
+    def described(self) -> str:
+        """Name it for an error's text, and say what it is that keeps it from holding space."""
+        return f"{self.type} filesystem{self.cause and f' ({self.cause})'}"
 
 
 def under(directory: str) -> Filesystem:
@@ -55,29 +63,44 @@ def under(directory: str) -> Filesystem:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         can = True
-    return _with_type(mounted_type(directory), can)
+    return _of_type(mounted_type(directory), directory, can)
 
 
 def under_read_only(directory: str) -> Filesystem:
     """Return what the filesystem is taken for under a directory in which nothing may be made to try it."""
-    return _with_type(mounted_type(directory), True)
+    return _of_type(mounted_type(directory), directory, True)
 
 
-def _with_type(kind: str, can: bool) -> Filesystem:
-    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, kind in _COPY_ON_WRITE)
+def _of_type(kind: str, directory: str, can: bool) -> Filesystem:
+    copies = kind in _COPY_ON_WRITE
+    if copies and (_attributes(directory) or 0) & _FS_COMPR_FL:
+        return Filesystem(kind, False, True, "the folder's files are compressed, chattr +c, which makes nocow void")
+    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, copies)
 
 
-def copies_on_write(name: str) -> bool:
-    """Whether each overwrite of this file takes new space."""
+def copies_on_write(name: str, *, is_shared: bool) -> bool:
+    """Whether each overwrite of this file takes new space.
+
+    :param is_shared: whether it has extents in common with another file, as
+        with a subvolume's snapshot, whatever its attributes say
+    """
     if mounted_type(name) not in _COPY_ON_WRITE:
         return False
+    attributes = _attributes(name)
+    return is_shared or attributes is None or not attributes & _FS_NOCOW_FL
+
+
+def _attributes(name: str) -> int | None:
+    """Return what lsattr(1) shows; None where there is no such thing."""
     flags = array.array("l", [0])
-    with open(name, "rb") as file:
-        try:
-            fcntl.ioctl(file.fileno(), _FS_IOC_GETFLAGS, flags)
-        except OSError:
-            return True
-    return not flags[0] & _FS_NOCOW_FL
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return flags[0]
 
 
 def available(directory: str) -> int:

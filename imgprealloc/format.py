@@ -195,7 +195,7 @@ def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:
     return exceptions.UnsupportedFilesystem(
         path,
         "each overwrite of this file takes new space (copy on write), so that none can be set aside for it",
-        "Rewrite the disk, so that it is made anew with nocow.",
+        "Rewrite the disk, so that it is made anew with nocow, and shares nothing with a snapshot.",
     )
 
 

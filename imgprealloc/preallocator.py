@@ -21,6 +21,7 @@ from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import os_errors
+from imgprealloc import progress as progresses
 from imgprealloc import promise as promises
 from imgprealloc import record
 from imgprealloc import replacement
@@ -28,6 +29,7 @@ from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
 from imgprealloc.format import Format
 from imgprealloc.image import DiskImage
+from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2 import Qcow2
 from imgprealloc.raw import Raw
@@ -79,18 +81,21 @@ class Preallocator(Settings):
         *,
         format: Optional[str] = None,
         backing_format: Optional[str] = None,
+        progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Create a new preallocated disk, qcow2 unless told otherwise.
 
         :param size: virtual size in bytes
         :param backing: the backing file, absolute or relative to path's folder
         :param backing_format: its format, which nobody but the caller knows
+        :param progress: told how far the base's data is copied (overlay_subclusters);
+            what it raises ends the call, and nothing is left of the disk
         :raises: DiskExists, InvalidSize, FormatNotCertain, NoSpace, and what
             inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), disk_file.place(path) as place:
+        with os_errors.translated(path), progresses.told_to(progress), disk_file.place(path) as place:
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
             if place.stat() is not None:
@@ -105,6 +110,7 @@ class Preallocator(Settings):
         existing: Existing = "recreate_blank",
         *,
         format: Optional[str] = None,
+        progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
 
@@ -112,12 +118,14 @@ class Preallocator(Settings):
         byte of the file changes.
 
         :param existing: what may happen to it; see format.Existing
+        :param progress: told how far data is copied, where it is; what it raises
+            ends the call, and the disk is as it was
         :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
             what inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), disk_file.claimed(path) as file:
+        with os_errors.translated(path), progresses.told_to(progress), disk_file.claimed(path) as file:
             word = record.word(file, format)
             strategy = self._format(file, word)
             replacement.remove_leftovers(file)

@@ -67,13 +67,13 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
     if on_unsupported == "error":
         raise exceptions.UnsupportedFilesystem(
             place.path,
-            f"the {under.type} filesystem cannot set space aside (mode falloc)",
+            f"the {under.described} cannot set space aside (mode falloc)",
             "Use another filesystem, or set on_unsupported to metadata or full.",
         )
     log.warn_once(
         "no fallocate",
         place.folder,
-        f"the {under.type} filesystem cannot set space aside; "
+        f"the {under.described} cannot set space aside; "
         f"disks in this folder get mode {on_unsupported} instead of falloc",
     )
     return Promise(on_unsupported, under)

@@ -23,6 +23,7 @@ from oslo_utils import units
 
 from imgprealloc import command
 from imgprealloc import exceptions
+from imgprealloc import progress
 
 # Nova's own for qemu-img info, and that it writes no more than what it may print.
 LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=units.Gi, file_size=command.MOST_PRINTED)
@@ -68,7 +69,8 @@ def forget() -> None:
 
 @functools.cache
 def _version() -> tuple[int, ...]:
-    said = command.run("qemu-img", "qemu-img", "--version")
+    # Under limits, so that whatever a look needs is missed here already.
+    said = command.run("qemu-img", "qemu-img", "--version", limits=LIMITS)
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
     if found is None:
         raise exceptions.QemuImgTooOld(
@@ -120,7 +122,7 @@ def convert(
         backing = ["-B", backing_file, "-F", str(backing_format)]
         image = _csv(_over(name, format, backing_file, str(backing_format)))
         source = ["-S", "0", "--image-opts", "-O", format, *backing, *_options(options), image]
-    command.run(path, "qemu-img", "convert", "-q", *source, target, work=2 * size)
+    _convert(path, size, *source, target)
 
 
 def copy_in(
@@ -135,10 +137,8 @@ def copy_in(
         backing_format, where its header is not to be asked
     """
     image = _over(name, format, **backing) if backing else _alone(name, format)
-    command.run(
-        path, "qemu-img", "convert", "-q", "-S", "0", "--image-opts", "-O", "qcow2", *_options(options),
-        _csv(_part(image, 0, size)), target, work=2 * size,
-    )  # fmt: skip
+    source = _csv(_part(image, 0, size))
+    _convert(path, size, "-S", "0", "--image-opts", "-O", "qcow2", *_options(options), source, target)
 
 
 def copy_tail(
@@ -152,7 +152,16 @@ def copy_tail(
         _csv(_part(_over(image, "qcow2", backing_file, backing_format), start, end - start)) for image in (name, target)
     )
     opened = ["--image-opts", "--target-image-opts", source, goal]
-    command.run(path, "qemu-img", "convert", "-q", "-n", "--target-is-zero", *opened, work=2 * (end - start))
+    _convert(path, end - start, "-n", "--target-is-zero", *opened)
+
+
+def _convert(path: str, size: int, *argv: str) -> None:
+    # It prints its progress in place of nothing.
+    is_told = progress.is_asked_for()
+    command.run(
+        path, "qemu-img", "convert", "-p" if is_told else "-q", *argv,
+        work=2 * size, copied=size if is_told else None,
+    )  # fmt: skip
 
 
 def shrink(path: str, name: str, size: int, *, backing_file: str, backing_format: str) -> None:

@@ -207,6 +207,66 @@ def test_reflinked_disk_on_btrfs_is_rewritten_or_refused(folder: pathlib.Path) -
     assert (state in ("preallocated", "refused"), images.file_digest(folder / "disk")) == (True, before)
 
 
+def shared_with_a_snapshot(folder: pathlib.Path, format: str) -> pathlib.Path:
+    """Make a preallocated disk whose subvolume has a snapshot now."""
+    volume = folder / "volume"
+    images.run("btrfs", "-q", "subvolume", "create", volume)
+    Preallocator().create(volume / "disk", 16 * MiB, format=format)
+    images.qemu_io(volume / "disk", "write -P 0x5a 3M 1M", format=format)
+    images.run("sync", "-f", volume)
+    images.run("btrfs", "-q", "subvolume", "snapshot", volume, folder / "snapshot")
+    return volume / "disk"
+
+
+@kinds.copying_on_write
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_shared_with_a_snapshot_of_its_subvolume_takes_new_space(folder: pathlib.Path, format: str) -> None:
+    disk = shared_with_a_snapshot(folder, format)
+
+    assert Preallocator().inspect(disk, format=format).shortfall >= 16 * MiB
+    with pytest.raises(exceptions.UnsupportedFilesystem, match="shares nothing with a snapshot"):
+        Preallocator().preallocate(disk, "reserve", format=format)
+
+
+@kinds.copying_on_write
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_shared_with_a_snapshot_of_its_subvolume_is_rewritten(folder: pathlib.Path, format: str) -> None:
+    disk = shared_with_a_snapshot(folder, format)
+    before = images.digest(disk, format)
+
+    image = Preallocator().preallocate(disk, "rewrite", format=format)
+
+    assert (image.state, image.shortfall, images.digest(disk, format)) == ("preallocated", 0, before)
+
+
+@pytest.fixture
+def compressed(folder: pathlib.Path) -> pathlib.Path:
+    """Give a folder whose files btrfs compresses, and copies on write for that."""
+    place = folder / "compressed"
+    place.mkdir()
+    images.run("chattr", "+c", place)
+    return place
+
+
+@kinds.copying_on_write
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_compressed_folder_is_a_filesystem_that_cannot_hold_space(
+    compressed: pathlib.Path, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = Preallocator().create(compressed / "disk", 16 * MiB, format=format)
+
+    assert (image.state, image.shortfall > 0) == ("thin" if format == "raw" else "mapped", True)
+    assert "compressed" in caplog.text
+
+
+@kinds.copying_on_write
+def test_compressed_folder_is_refused_where_the_promise_has_to_be_kept(compressed: pathlib.Path) -> None:
+    with pytest.raises(exceptions.UnsupportedFilesystem, match="compressed, chattr"):
+        Preallocator(on_unsupported="error").create(compressed / "disk", 16 * MiB)
+
+    assert list(compressed.iterdir()) == []
+
+
 # ext2 has no fallocate.
 
 

@@ -236,3 +236,44 @@ def test_rewritten_disk_keeps_the_relative_name_of_its_base(folder: pathlib.Path
         image = Preallocator(overlay_subclusters=subclusters).preallocate(disk, "rewrite", format="qcow2")
 
         assert image.backing_file == base.name
+
+
+# How far it has come.
+
+
+@pytest.mark.parametrize("verb", ["create", "rewrite"])
+def test_caller_is_told_how_far_a_copy_has_come(folder: pathlib.Path, base: pathlib.Path, verb: str) -> None:
+    told: list[tuple[int, int]] = []
+    strategy = Preallocator(overlay_subclusters="copied")
+
+    if verb == "create":
+        strategy.create(
+            folder / "disk", 32 * MiB, str(base), backing_format="raw", progress=lambda *now: told.append(now)
+        )
+    else:
+        disk = written(folder, 8 * MiB)
+        strategy.preallocate(disk, "rewrite", format="qcow2", progress=lambda *now: told.append(now))
+
+    assert (24 * MiB if verb == "create" else 8 * MiB,) * 2 in told
+    assert all(0 <= done <= total for done, total in told)
+
+
+class _Enough(Exception):
+    """Raised by a caller who has changed their mind."""
+
+
+def test_caller_who_raises_ends_a_copy_and_keeps_the_disk(folder: pathlib.Path) -> None:
+    base = images.random_file(folder / "base", 256 * MiB)
+    disk = images.qcow2(folder / "disk", 300 * MiB, backing=base)
+    images.qemu_io(disk, "write -P 1 0 1M")
+    before = images.identity(disk)
+
+    def enough(done: int, total: int) -> None:
+        if done < total:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        Preallocator(overlay_subclusters="copied").preallocate(disk, "rewrite", format="qcow2", progress=enough)
+
+    assert images.identity(disk) == before
+    assert sorted(os.listdir(folder)) == ["base", "disk"]

@@ -346,8 +346,8 @@ class Host(Programs):
     def _mostly_allocated(self, fd: int, start: int, end: int) -> bool:
         return self._disks[_key(fd)].allocated
 
-    def _copies_on_write(self, path: str) -> bool:
-        return self.filesystem.copy_on_write and not self._disks[_key(path)].nocow
+    def _copies_on_write(self, path: str, *, is_shared: bool) -> bool:
+        return self.filesystem.copy_on_write and (is_shared or not self._disks[_key(path)].nocow)
 
     def _take(self, call: Call, disk: Disk, end: int) -> None:
         """Set space aside up to end, as far as there is any."""

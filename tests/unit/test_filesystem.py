@@ -131,7 +131,7 @@ def test_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..
     assert filesystem.mounted_type("/disk") == "unknown"
 
 
-def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:
+def copies_on_write(path: pathlib.Path, flags: int | None, *, is_shared: bool = False) -> bool:
     def ioctl(fd: int, request: int, buffer: MutableSequence[int]) -> int:
         assert request == 0x80086601
         if flags is None:
@@ -140,7 +140,7 @@ def copies_on_write(path: pathlib.Path, flags: int | None) -> bool:
         return 0
 
     with fixtures.MockPatchObject(fcntl, "ioctl", ioctl):
-        return filesystem.copies_on_write(str(path))
+        return filesystem.copies_on_write(str(path), is_shared=is_shared)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,17 @@ def test_which_files_take_new_space_when_they_are_overwritten(
     disk.touch()
 
     assert copies_on_write(disk, flags) is copies
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("btrfs", True), ("xfs", False)])
+def test_what_a_snapshot_shares_takes_new_space_whatever_its_flags(
+    tmp_path: pathlib.Path, mounts: Callable[..., None], kind: str, copies: bool
+) -> None:
+    mounts({"/": "overlay", str(tmp_path): kind})
+    disk = tmp_path / "disk"
+    disk.touch()
+
+    assert copies_on_write(disk, NOCOW, is_shared=True) is copies
 
 
 @pytest.mark.parametrize(("user", "blocks"), [(0, 100), (162, 95)])

@@ -298,7 +298,7 @@ def test_disk_written_to_since_it_was_read_is_not_rewritten(host: Host) -> None:
     host.filesystem = BTRFS
     path = host.raw(SIZE)
 
-    def look(name: str) -> bool:
+    def look(name: str, *, is_shared: bool) -> bool:
         os.utime(path)
         return True
 
