@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 import warnings
 
@@ -58,6 +59,21 @@ def tell(facts: Mapping[str, Any], results: Mapping[str, Any], table: str, *, as
     else:
         print(", ".join(f"{key} {value}" for key, value in facts.items()))
         print(table)
+
+
+def await_space(mount_point: str, size: int) -> None:
+    """Wait until what was removed is free again, which XFS does in the background.
+
+    :raises: RuntimeError when it does not come
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        space = os.statvfs(mount_point)
+        if space.f_bavail * space.f_frsize >= size:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{mount_point} lacks space: it has {space.f_bavail * space.f_frsize} bytes")
+        time.sleep(0.1)
 
 
 def parser(description: str | None, short: str) -> argparse.ArgumentParser:

@@ -9,6 +9,9 @@ import os
 import subprocess
 import time
 
+# Seconds for a server to end that has nothing more to do.
+_PATIENCE = 30
+
 
 @contextlib.contextmanager
 def over_socket(path: str, folder: str, format: str, aio: str) -> Iterator[str]:
@@ -32,4 +35,9 @@ def over_socket(path: str, folder: str, format: str, aio: str) -> Iterator[str]:
         yield socket
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            # QEMU 7.2.22 was seen to poll for ever, with no client left.
+            server.kill()
+            server.wait()

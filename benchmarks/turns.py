@@ -58,6 +58,7 @@ def run(
     found: Sequence[Subject], load: Load, course: Course, wanted: Sequence[Phase], base: str, mount_point: str
 ) -> Iterator[tuple[Phase, Place, dict[str, list[float]]]]:
     """Make every disk anew, take it through its phases, and remove it."""
+    ground.await_space(mount_point, len(found) * course.size)
     with contextlib.ExitStack() as stack:
         uris = {}
         for subject in found:
@@ -125,7 +126,8 @@ def _touch(uri: str, size: int) -> None:
 
 def _fio(uri: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        ["fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", *arguments, "--output-format=json"],
+        # In a thread, because a process of its own would outlive the fio that is ended.
+        ["fio", "--name=guest", "--thread", "--ioengine=nbd", f"--uri={uri}", *arguments, "--output-format=json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     # fio prints notes before its JSON.
