@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Space inside a file: fallocate(1) and the kernel's extent map. What is written into it is in zeros.
 
-Calls that may take long run in a process of their own: under eventlet a
-system call in ours would stop every other thread of nova-compute.
+Calls that may take minutes run in a process of their own, those that may take
+seconds in a native thread: under eventlet a system call in ours would stop
+every other thread of nova-compute.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 import ctypes
 import dataclasses
 import errno
-import fcntl
 import os
 import struct
 import sys
@@ -20,6 +20,7 @@ import sys
 from oslo_utils import units
 
 from imgprealloc import command
+from imgprealloc import native_thread
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
@@ -44,6 +45,8 @@ _STRETCHES_A_CALL = 1000
 AT_ONCE = units.Mi
 
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     """
     if length <= AT_ONCE:
         with open(name, "r+b") as file:
-            _fallocate(file.fileno(), _KEEP_SIZE, start, length)
+            native_thread.run(_fallocate, file.fileno(), _KEEP_SIZE, start, length)
         return
     command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length)
 
@@ -85,6 +88,10 @@ def gaps(name: str, start: int, end: int) -> list[Extent]:
     found = extents(name)
     if found is None:
         return [Extent(start, end - start)]
+    return native_thread.run(_gaps, found, start, end)
+
+
+def _gaps(found: Sequence[Extent], start: int, end: int) -> list[Extent]:
     missing: list[Extent] = []
     position = start
     for extent in [*found, Extent(end, 0)]:
@@ -96,6 +103,12 @@ def gaps(name: str, start: int, end: int) -> list[Extent]:
     size = -(-len(missing) // _MOST_GAPS)
     groups = [missing[first : first + size] for first in range(0, len(missing), size)]
     return [Extent(group[0].start, group[-1].end - group[0].start) for group in groups]
+
+
+def shared(name: str) -> list[Extent]:
+    """List what a file shares with others, as far as the filesystem tells."""
+    found = extents(name) or ()
+    return native_thread.run(lambda: [extent for extent in found if extent.shared])
 
 
 def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
@@ -131,7 +144,7 @@ def extents(name: str) -> list[Extent] | None:
     """
     with open(name, "rb") as file:
         try:
-            return _fiemap(file.fileno())
+            return native_thread.run(_fiemap, file.fileno())
         except OSError as exc:
             if exc.errno in _NOT_SUPPORTED:
                 return None
@@ -148,7 +161,7 @@ def _fiemap(fd: int) -> list[Extent]:
         # delayed allocations are listed too, and count as set aside.
         buffer = bytearray(_FIEMAP.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
         _FIEMAP.pack_into(buffer, 0, end, _FIEMAP_MAX_LENGTH - end, 0, 0, _EXTENTS_A_CALL, 0)
-        fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
+        _ioctl(fd, _FS_IOC_FIEMAP, buffer)
         found = _FIEMAP.unpack_from(buffer)[3]
         if not found:
             break
@@ -167,14 +180,24 @@ def _fiemap(fd: int) -> list[Extent]:
 
 def held(found: Iterable[Extent], end: int) -> int:
     """Count the bytes before end that are set aside."""
-    return sum(max(0, min(extent.end, end) - extent.start) for extent in found)
+    return native_thread.run(lambda: sum(max(0, min(extent.end, end) - extent.start) for extent in found))
+
+
+def _ioctl(fd: int, request: int, buffer: bytearray) -> None:
+    # fcntl.ioctl() lets no other thread run meanwhile, where the buffer has
+    # more than 1 KiB; and a file's extent map may have to be read from the disk.
+    if _LIBC.ioctl(fd, ctypes.c_ulong(request), (ctypes.c_char * len(buffer)).from_buffer(buffer)) < 0:
+        raise _os_error()
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    if _LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        raise _os_error()
+
+
+def _os_error() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
 
 
 def supported(fd: int, length: int) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -14,6 +15,7 @@ from oslo_utils import units
 import psutil
 
 from imgprealloc import fallocate
+from imgprealloc import native_thread
 
 # Each overwrite goes to a new place, so that allocated space is no promise,
 # unless the file has nocow, which qemu-img can set on btrfs only.
@@ -21,6 +23,13 @@ _COPY_ON_WRITE = frozenset({"btrfs", "bcachefs", "zfs"})
 _WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 
 _REMOTE = frozenset({"9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre", "nfs", "nfs4", "ocfs2", "smb3"})
+
+# statfs(2)'s numbers of filesystems on which no file shares its extents with
+# another, and no overwrite goes to a new place: ext2 to ext4, tmpfs.
+_PLAIN = frozenset({0xEF53, 0x01021994})
+_LIBC = ctypes.CDLL(None, use_errno=True)
+# Longer than the structure, of which only the first word counts.
+_STATFS_LENGTH = 512
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_COMPR_FL = 0x00000004
@@ -57,7 +66,7 @@ def under(directory: str) -> Filesystem:
     """
     try:
         with tempfile.TemporaryFile(dir=directory, prefix=".imgprealloc-probe-") as probe:
-            can = fallocate.supported(probe.fileno(), units.Mi)
+            can = native_thread.run(fallocate.supported, probe.fileno(), units.Mi)
     except OSError as exc:
         # A full XFS has no room for another inode.
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -76,6 +85,23 @@ def _of_type(kind: str, directory: str, can: bool) -> Filesystem:
     if copies and (_attributes(directory) or 0) & _FS_COMPR_FL:
         return Filesystem(kind, False, True, "the folder's files are compressed, chattr +c, which makes nocow void")
     return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, copies)
+
+
+def is_plain(fd: int) -> bool:
+    """Whether an open file is on a filesystem for sure where a file's space is its own, and where it is stays.
+
+    Elsewhere another file may share what this one has (cp --reflink), of which
+    this one's inode tells nothing.
+    """
+    return native_thread.run(_number, fd) in _PLAIN
+
+
+def _number(fd: int) -> int:
+    answer = ctypes.create_string_buffer(_STATFS_LENGTH)
+    if _LIBC.fstatfs(fd, answer):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return ctypes.c_long.from_buffer(answer).value
 
 
 def copies_on_write(name: str, *, is_shared: bool) -> bool:
@@ -105,7 +131,7 @@ def _attributes(name: str) -> int | None:
 
 def available(directory: str) -> int:
     """Return the bytes that this process may still take from the filesystem."""
-    space = os.statvfs(directory)
+    space = native_thread.run(os.statvfs, directory)
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     return blocks * space.f_frsize
 
@@ -117,6 +143,10 @@ def is_remote(path: str) -> bool:
 
 def mounted_type(path: str) -> str:
     """Return the type of the filesystem that holds path, by its mount point."""
+    return native_thread.run(_mounted_type, path)
+
+
+def _mounted_type(path: str) -> str:
     mounts: dict[str, str] = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
     directory = os.path.realpath(path)
     while directory not in mounts and directory != "/":

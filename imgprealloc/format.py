@@ -78,6 +78,10 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
+    def glance(self, file: DiskFile) -> Optional[DiskImage]:
+        """Read a disk without starting a program, if it is plainly preallocated; None for all else."""
+
+    @abc.abstractmethod
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         """Whether a disk has all that the mode can give it."""
 
@@ -173,7 +177,7 @@ class Format(abc.ABC):
 def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise, *, written: bool = False) -> None:
     """Set aside the space of a disk up to length, and take back what it shares; as for Format.hold()."""
     require_space(file, image.shortfall)
-    shared = [extent for extent in fallocate.extents(file.program_name) or () if extent.shared]
+    shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
     if written:

@@ -18,6 +18,7 @@ from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import log
+from imgprealloc import looks
 from imgprealloc.format import Existing
 from imgprealloc.preallocator import Preallocator
 
@@ -27,10 +28,11 @@ LOG = logging.getLogger(__name__)
 HELD = ("reserved", "preallocated")
 
 
-def for_running_guest(strategy: Preallocator) -> Preallocator:
-    """Return the strategy for a disk that its guest writes to.
+def without_zeros(strategy: Preallocator) -> Preallocator:
+    """Return the strategy for a disk to which somebody else writes: its guest, or QEMU's mirror.
 
-    Zeros cannot be written there, but space can be set aside.
+    Zeros cannot be written there, or would be written in vain, but space can be
+    set aside.
     """
     return dataclasses.replace(
         strategy,
@@ -44,11 +46,10 @@ def preallocate_new(
 ) -> None:
     """Preallocate a disk that Nova has only just made, and no guest has seen.
 
-    :param turn: held while the disk is treated
+    :param turn: held while the disk is treated, and not while it is looked at
     :raises: PreallocationError
     """
-    with turn:
-        strategy.preallocate(path, "just_made", format=format)
+    looks.remember(strategy.preallocate(path, "just_made", format=format, turn=turn))
 
 
 def heal(
@@ -64,29 +65,29 @@ def heal(
     """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
 
     :param existing: what may happen to it
-    :param turn: held while the disk is treated
+    :param turn: held while the disk is treated, and not while it is looked at
     :param stock_length: bytes that stock Nova would have called fallocate for
     :param greatest: bytes that its virtual size cannot exceed, where its header
         may be its guest's, who could have the host's space set aside by it
     :raises: NoSpace where that would have failed, too
     """
     try:
-        if greatest is not None and strategy.inspect(path, format=format).virtual_size > greatest:
+        known = looks.at(strategy, path, format)
+        if greatest is not None and known.virtual_size > greatest:
             log.warn_once("too large", path, f"not preallocated: as {format} it would be larger than Nova has made it")
             return
         if not os.access(path, os.W_OK):
-            state = strategy.inspect(path, format=format).state
-            if state not in HELD and strategy.mode != "metadata":
-                log.warn_once("not ours", path, f"not preallocated: it is {state}, and not ours to write")
+            if known.state not in HELD and strategy.mode != "metadata":
+                log.warn_once("not ours", path, f"not preallocated: it is {known.state}, and not ours to write")
             return
-        with turn:
-            try:
-                strategy.preallocate(path, existing, format=format)
-            except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
-                if existing == "reserve":
-                    raise
-                log.warn_once("not replaced", path, f"not made anew: {exc}")
-                strategy.preallocate(path, "reserve", format=format)
+        try:
+            after = strategy.preallocate(path, existing, format=format, known=known, turn=turn)
+        except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
+            if existing == "reserve":
+                raise
+            log.warn_once("not replaced", path, f"not made anew: {exc}")
+            after = strategy.preallocate(path, "reserve", format=format, known=known, turn=turn)
+        looks.remember(after)
     except exceptions.NoSpace as exc:
         if would_lack_space_in_stock_nova(path, stock_length):
             raise

@@ -8,14 +8,17 @@ configuration, because imagebackend reads options as it is imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import json
 import os
 import re
 import tempfile
+import threading
 from typing import TYPE_CHECKING, Any
 
 from nova.compute import utils as compute_utils
+from nova.virt.libvirt import config as vconfig
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import utils as libvirt_utils
@@ -27,6 +30,7 @@ from oslo_utils import strutils
 from imgprealloc import exceptions
 from imgprealloc import healing
 from imgprealloc import log
+from imgprealloc import looks
 from imgprealloc import opts
 from imgprealloc import presence
 from imgprealloc import qcow2_header
@@ -34,6 +38,8 @@ from imgprealloc import record
 from imgprealloc import seams
 from imgprealloc import settings
 from imgprealloc.format import Existing
+from imgprealloc.image import DiskImage
+from imgprealloc.image import FileStamp
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
@@ -54,6 +60,17 @@ _DIRECT_CACHE_MODES = ("none", "directsync")
 # What is known of base images, by their names: the file (device, inode, length)
 # and its virtual size. A process that tells it takes 40 ms of a build's 300.
 _base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
+
+# By their ids: whose disks are being made here for QEMU's mirror to overwrite.
+_expected: set[str] = set()
+
+# The disks that have been looked after for a start that is under way, as they
+# were then. A start that fails leaves its own behind.
+_MOST_LOOKED_AFTER = 10_000
+_looked_after: dict[str, FileStamp] = {}
+
+# Of a thread that heals disks while nova-compute goes on.
+BACKGROUND = "imgprealloc"
 
 
 def is_on(conf: cfg.ConfigOpts = CONF) -> bool:
@@ -125,16 +142,24 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
             if not is_new:
                 # Stock Nova calls no fallocate for one that is there.
                 _heal(path, format, instance)
+                _note_looked_after(path)
                 continue
             record.believe(path)
             try:
-                healing.preallocate_new(
-                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore
-                )  # fmt: skip
+                healing.preallocate_new(_strategy(instance), path, format, compute_utils.disk_ops_semaphore)
+                _note_looked_after(path)
             except exceptions.NoSpace:
                 raise
             except exceptions.PreallocationError as exc:
                 log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+
+    def pre_live_migration(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write no zeros to what Nova makes here; the disks arrive afterwards."""
+        _expected.add(instance.uuid)
+        try:
+            return super().pre_live_migration(context, instance, *args, **kwargs)
+        finally:
+            _expected.discard(instance.uuid)
 
     def post_live_migration_at_destination(
         self,
@@ -144,20 +169,91 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         block_migration: bool = False,
         block_device_info: Any = None,
     ) -> None:
-        """Fill the holes that QEMU's mirror has made in a disk; its guest runs here already."""
+        """Have the holes filled that QEMU's mirror has made in a disk; its guest runs here already.
+
+        The source waits for the answer to this call, while the database says
+        that the instance is still there.
+        """
         super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
-        if not is_on() or not block_migration:
-            return
-        # Whatever goes wrong, the migration is over, and was a success.
-        try:
-            disk_info = self._get_instance_disk_info(instance, block_device_info)
-        except Exception as exc:
-            LOG.warning("Holes in the disks are left until the next start: %s", exc, instance=instance)
-            return
-        for info in disk_info:
-            if _is_instance_disk(info["path"]):
-                strategy = healing.for_running_guest(_preallocator(instance))
-                healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
+        if is_on() and block_migration:
+            # Not in a pool of Nova's, for which nova-compute waits when it stops.
+            thread = threading.Thread(
+                target=self._heal_arrived, args=(instance, block_device_info), name=BACKGROUND, daemon=True
+            )
+            with _told(instance):
+                thread.start()
+
+    def _heal_arrived(self, instance: Any, block_device_info: Any) -> None:
+        with _told(instance):
+            strategy = healing.without_zeros(_strategy(instance))
+            for info in self._get_instance_disk_info(instance, block_device_info):
+                if _is_instance_disk(info["path"]):
+                    healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
+
+    def _create_guest(
+        self,
+        context: Any,
+        xml: str,
+        instance: Any,
+        power_on: bool = True,
+        pause: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Look after the disks of a guest that Nova starts without having done so.
+
+        At the host's boot, unrescue, rescue, resume, and the revert of a resize.
+        """
+        if is_on():
+            with _told(instance):
+                _heal_described(xml, instance, is_started=power_on or pause)
+        return super()._create_guest(context, xml, instance, power_on, pause, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _told(instance: Any) -> Iterator[None]:
+    """Warn of what fails, whatever it is, in what Nova must not be kept from by us."""
+    try:
+        yield
+    except Exception as exc:
+        LOG.warning("Its disks are not looked after until the next start: %s", exc, instance=instance)
+
+
+def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
+    """Set aside the space of the disks that libvirt is told of, unless cache() has had its turn at them."""
+    config = vconfig.LibvirtConfigGuest()
+    config.parse_str(xml)
+    folder = libvirt_utils.get_instance_path(instance)
+    for device in config.devices:
+        if not isinstance(device, vconfig.LibvirtConfigGuestDisk) or device.source_type != "file":
+            continue
+        path, format = device.source_path, device.driver_format
+        if (
+            path is not None
+            and not _was_looked_after(path)
+            and is_started
+            and os.path.dirname(path) == folder
+            and _is_instance_disk(path)
+            and record.agrees(path, format)
+        ):
+            strategy = healing.without_zeros(_strategy(instance))
+            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore)
+
+
+def _note_looked_after(path: str) -> None:
+    if len(_looked_after) > _MOST_LOOKED_AFTER:
+        _looked_after.clear()
+    with contextlib.suppress(OSError):
+        _looked_after[path] = FileStamp.from_stat(os.stat(path))
+
+
+def _was_looked_after(path: str) -> bool:
+    """Whether a disk has been looked after, and nobody has touched it since."""
+    noted = _looked_after.pop(path, None)
+    try:
+        return noted is not None and noted == FileStamp.from_stat(os.stat(path))
+    except OSError:
+        return False
 
 
 def _is_instance_disk(path: str) -> bool:
@@ -182,6 +278,21 @@ def _preallocator(instance: Any) -> Preallocator:
                 f"a flavor has {value!r}, which is no {field.name}; [imgprealloc] {field.name} is taken instead",
             )
     return opts.preallocator_from(CONF, chosen)
+
+
+def _strategy(instance: Any) -> Preallocator:
+    """Return the same, but without zeros for disks that QEMU's mirror is about to overwrite."""
+    strategy = _preallocator(instance)
+    if getattr(instance, "uuid", None) not in _expected:
+        return strategy
+    if strategy.mode == "full":
+        log.warn_once(
+            "zeros",
+            "block live migration",
+            "the disks that it makes here get mode falloc instead of full, because QEMU overwrites them; "
+            "what the guest has not written stays unwritten",
+        )
+    return healing.without_zeros(strategy)
 
 
 def _existing_disks() -> Existing:
@@ -212,7 +323,7 @@ def _heal(
             existing = "reserve"
             greatest = stock_length
     healing.heal(
-        _preallocator(instance),
+        _strategy(instance),
         path,
         format,
         existing,
@@ -250,6 +361,11 @@ class _Preallocating(_Image):  # type: ignore[misc]
         self._existed = False
 
     @property
+    def _is_as_uploaded(self) -> bool:
+        """Whether the disk is a copy of an image that Nova was told to leave as it is."""
+        return False
+
+    @property
     def _is_ours(self) -> bool:
         return bool(self.preallocate) and _is_instance_disk(self.path)
 
@@ -272,9 +388,24 @@ class _Preallocating(_Image):  # type: ignore[misc]
             made = os.stat(self.path)
             record.believe(self.path)
             with fileutils.remove_path_on_error(self.path, lambda path: presence.remove_same(path, made)):
-                healing.preallocate_new(
-                    self._preallocator(), self.path, self.driver_format, compute_utils.disk_ops_semaphore
-                )
+                self._preallocate_new()
+        _note_looked_after(self.path)
+
+    def _preallocate_new(self) -> None:
+        """Preallocate a disk that Nova has just made.
+
+        :raises: PreallocationError, but not for what is wrong with an image
+        """
+        try:
+            healing.preallocate_new(
+                self._preallocator(), self.path, self.driver_format, compute_utils.disk_ops_semaphore
+            )
+        except (exceptions.NoSpace, exceptions.NotPreallocated, exceptions.UnsupportedFilesystem):
+            raise
+        except exceptions.PreallocationError as exc:
+            if not self._is_as_uploaded:
+                raise
+            log.warn_once("not preallocated", self.path, f"not preallocated: {exc}")
 
     def exists(self) -> bool:
         """Whether the disk is there; one that cannot be looked at is not made anew."""
@@ -346,21 +477,25 @@ class _Preallocating(_Image):  # type: ignore[misc]
         return False
 
     def _preallocator(self) -> Preallocator:
-        return _preallocator(self._instance)
+        return _strategy(self._instance)
 
     def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
         """Describe the disk to libvirt, by what its space is really worth."""
         config = super().libvirt_info(cache_mode, *args, **kwargs)
         if not self._is_ours or not self.exists():
             return config
-        state = self._state()
-        if state not in healing.HELD or cache_mode not in _DIRECT_CACHE_MODES:
+        if cache_mode not in _DIRECT_CACHE_MODES:
+            config.driver_io = None
+        is_protected = config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard
+        if config.driver_io is None and not is_protected:
+            # Nothing that is told depends on what the disk is.
+            return config
+        found = self._look()
+        is_held = found is not None and found.state in healing.HELD
+        if not is_held:
             # A write that has to allocate would stop QEMU's whole event loop.
             config.driver_io = None
-        # Nova describes a guest before it looks after its disks, so that a thin
-        # one may be held by the time that the guest runs.
-        keeps = state != "thin" or self._preallocator().mode != "metadata"
-        if keeps and config.driver_discard == "unmap" and CONF.imgprealloc.protect_from_discard:
+        if is_protected and (is_held or self._will_be_held(found)):
             config.driver_discard = "ignore"
             log.warn_once(
                 "ignored",
@@ -370,14 +505,25 @@ class _Preallocating(_Image):  # type: ignore[misc]
             )
         return config
 
-    def _state(self) -> str:
+    def _look(self) -> DiskImage | None:
+        """Look at the disk; None where it cannot be told what it is."""
         try:
-            return self._preallocator().inspect(self.path, format=self.driver_format).state
+            return looks.at(self._preallocator(), self.path, self.driver_format)
         except exceptions.PreallocationError as exc:
             LOG.debug("%s: taken for thin: %s", self.path, exc)
         except Exception:
             LOG.exception("%s: taken for thin", self.path)
-        return "thin"
+        return None
+
+    def _will_be_held(self, found: DiskImage | None) -> bool:
+        """Whether the disk's space is about to be set aside; Nova describes a guest before it looks after its disks."""
+        if found is None or (found.copy_on_write and _existing_disks() != "rewrite"):
+            return False
+        try:
+            return self._preallocator().holds_space(self.path)
+        except exceptions.PreallocationError as exc:
+            LOG.debug("%s: taken for thin: %s", self.path, exc)
+            return False
 
 
 class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
@@ -386,6 +532,10 @@ class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]
     Its growth needs nothing of ours where it is raw: Nova makes a hole, and
     the end of cache() fills it.
     """
+
+    @property
+    def _is_as_uploaded(self) -> bool:
+        return bool(self.driver_format != "raw")
 
     def create_image(self, prepare_template: Any, base: str, size: int | None, *args: Any, **kwargs: Any) -> None:
         """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.

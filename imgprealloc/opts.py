@@ -36,8 +36,8 @@ _NOVA_OPTIONS = (
         default="reserve",
         choices=[
             ("reserve", "Set aside the space that the disk may grow to, and leave the file as it is."),
-            ("rewrite", "Copy the disk into a preallocated one when its instance is started. Needs space for both, "
-             "and the start waits for the copy."),
+            ("rewrite", "Copy the disk into a preallocated one when its instance is started or hard rebooted. Needs "
+             "space for both, and the start waits for the copy."),
         ],
         help="""
 What to do with disks that have data in them and are not preallocated.

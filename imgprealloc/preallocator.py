@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from typing import Optional
+from typing import Any, Optional
 
 from oslo_log import log as logging
 
@@ -25,9 +25,11 @@ from imgprealloc import progress as progresses
 from imgprealloc import promise as promises
 from imgprealloc import record
 from imgprealloc import replacement
+from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
 from imgprealloc.format import Format
+from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
 from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
@@ -73,6 +75,15 @@ class Preallocator(Settings):
         with os_errors.translated(path), disk_file.opened(path) as file:
             return self._format(file, record.word(file, format)).read(file)
 
+    def holds_space(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the space of a disk in that place is really set aside in this mode.
+
+        :raises: DiskNotFound, FileError, UnsupportedFilesystem
+        """
+        path = os.fspath(path)
+        with os_errors.translated(path), disk_file.place(path) as place:
+            return self._promise(place).holds_space
+
     def create(
         self,
         path: str | os.PathLike[str],
@@ -110,6 +121,8 @@ class Preallocator(Settings):
         existing: Existing = "recreate_blank",
         *,
         format: Optional[str] = None,
+        known: Optional[DiskImage] = None,
+        turn: Optional[contextlib.AbstractContextManager[Any]] = None,
         progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
@@ -118,6 +131,10 @@ class Preallocator(Settings):
         byte of the file changes.
 
         :param existing: what may happen to it; see format.Existing
+        :param known: the disk as a look before has found it; believed where the
+            file has not changed since, but not for replacing it
+        :param turn: entered only once there is something to do, and held while
+            that is done
         :param progress: told how far data is copied, where it is; what it raises
             ends the call, and the disk is as it was
         :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
@@ -133,25 +150,24 @@ class Preallocator(Settings):
                 promise = self._promise(file)
                 treatment = strategy.treatment_by_header(file, promise)
                 if treatment is not None:
-                    return _logged(treatment.apply(), promise, "blank", started)
-            before = strategy.read(file)
+                    with turn or contextlib.nullcontext():
+                        return _logged(treatment.apply(), promise, "blank", started)
+            before = known if known is not None and known.stamp == file.stamp() else strategy.read(file)
             if strategy.is_done(before, self.mode):
                 LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
                 return before
             promise = self._promise(file)
-            treatment = strategy.treatment(file, before, promise, existing)
-            if treatment is not None and treatment.replaces and not word.certain:
-                if existing != "recreate_blank":
-                    record.require_certain(file, word, "it is not rewritten")
-                log.warn_once(
-                    "format guessed", path, f"not made anew, because nobody tells that it is {word.format}; "
-                    "say so (--disk-format) if it is"
-                )  # fmt: skip
-                treatment = strategy.treatment(file, before, promise, "reserve")
+            treatment = _chosen(strategy, word, file, before, promise, existing)
             if treatment is None:
-                LOG.debug("%s: left %s in mode %s", path, before.state, promise.mode)
                 return before
-            return _logged(treatment.apply(), promise, before.state, started)
+            with turn or contextlib.nullcontext():
+                has_changed = turn is not None and file.stamp() != before.stamp
+                if has_changed or (treatment.replaces and before is known):
+                    before = strategy.read(file)
+                    treatment = _chosen(strategy, word, file, before, promise, existing)
+                    if treatment is None:
+                        return before
+                return _logged(treatment.apply(), promise, before.state, started)
 
     def resize(self, path: str | os.PathLike[str], size: int, *, format: Optional[str] = None) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
@@ -214,6 +230,24 @@ class Preallocator(Settings):
 
     def _promise(self, place: Place) -> Promise:
         return promises.made(place, self.mode, self.on_unsupported)
+
+
+def _chosen(
+    strategy: Format, word: Word, file: DiskFile, before: DiskImage, promise: Promise, existing: Existing
+) -> Optional[Treatment]:
+    """Choose the treatment of a disk that the word on its format allows."""
+    treatment = strategy.treatment(file, before, promise, existing)
+    if treatment is not None and treatment.replaces and not word.certain:
+        if existing != "recreate_blank":
+            record.require_certain(file, word, "it is not rewritten")
+        log.warn_once(
+            "format guessed", file.path, f"not made anew, because nobody tells that it is {word.format}; "
+            "say so (--disk-format) if it is"
+        )  # fmt: skip
+        treatment = strategy.treatment(file, before, promise, "reserve")
+    if treatment is None:
+        LOG.debug("%s: left %s in mode %s", file.path, before.state, promise.mode)
+    return treatment
 
 
 def _logged(after: DiskImage, promise: Promise, before: str, started: float) -> DiskImage:

@@ -12,6 +12,7 @@ from imgprealloc import backing
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import format
+from imgprealloc import glance
 from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import qcow2_header
@@ -46,6 +47,9 @@ class Qcow2(format.Format):
 
     def read(self, file: DiskFile) -> DiskImage:
         return reading.qcow2(file)
+
+    def glance(self, file: DiskFile) -> Optional[DiskImage]:
+        return glance.qcow2(file)
 
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         return image.mapped if mode == "metadata" else image.state == "preallocated"

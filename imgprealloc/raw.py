@@ -8,6 +8,7 @@ from typing import Optional
 
 from imgprealloc import exceptions
 from imgprealloc import format
+from imgprealloc import glance
 from imgprealloc import qemu_img
 from imgprealloc import reading
 from imgprealloc import replacement
@@ -32,6 +33,9 @@ class Raw(format.Format):
 
     def read(self, file: DiskFile) -> DiskImage:
         return reading.raw(file)
+
+    def glance(self, file: DiskFile) -> Optional[DiskImage]:
+        return glance.raw(file)
 
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         return mode == "metadata" or image.held

@@ -22,6 +22,7 @@ from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import log
+from imgprealloc import native_thread
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import FileStamp
@@ -373,7 +374,7 @@ def _sync_folder(place: Place) -> None:
     try:
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.folder_fd)
         try:
-            os.fsync(fd)
+            native_thread.run(os.fsync, fd)
         finally:
             os.close(fd)
     except OSError as exc:

@@ -47,6 +47,8 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         "_create_images_and_backing",
         ("self", "context", "instance", "instance_dir", "disk_info", "fallback_from_host"),
     ),
+    (driver.LibvirtDriver, "pre_live_migration", ("self", "context", "instance")),
+    (driver.LibvirtDriver, "_create_guest", ("self", "context", "xml", "instance", "power_on", "pause")),
     (
         driver.LibvirtDriver,
         "post_live_migration_at_destination",

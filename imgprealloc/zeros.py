@@ -19,6 +19,7 @@ from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import lock
+from imgprealloc import native_thread
 from imgprealloc.fallocate import Extent
 
 # So small that whoever waits for the file waits no time that anybody notices.
@@ -34,7 +35,7 @@ def write(path: str, fd: int) -> None:
         file meanwhile, or the filesystem calls a hole what reads as something else
     """
     lock.refuse_users(path, fd)
-    if any(_holes(fd)):
+    if native_thread.run(lambda: any(_holes(fd))):
         command.run(
             path, sys.executable, "-W", "ignore", "-m", __name__, path, work=os.fstat(fd).st_size, stdin=fd
         )  # fmt: skip

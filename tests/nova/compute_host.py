@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import os
 import subprocess
+import threading
 import time
 import types
 from typing import Any
@@ -109,6 +110,15 @@ class Domain:
         return {}
 
 
+def create_guest(
+    self: Any, context: Any, xml: str, instance: Instance, power_on: bool = True, pause: bool = False,
+    post_xml_callback: Any = None,
+) -> Any:  # fmt: skip
+    """Stand in for LibvirtDriver._create_guest()."""
+    self.domains[instance.uuid] = Domain(instance.uuid, xml)
+    return mock.Mock()
+
+
 class Host:
     """One compute node.
 
@@ -129,7 +139,8 @@ class Host:
         driver._host.get_guest.side_effect = self._guest
         driver._host.list_instance_domains.side_effect = lambda **_: list(self.domains.values())
         driver._get_guest_xml = self._guest_xml
-        driver._create_guest = driver._create_guest_with_network = self._create_guest
+        driver._create_guest_with_network = self._create_guest_with_network
+        driver.domains = self.domains
         driver._get_all_assigned_mediated_devices = mock.Mock(return_value={})
         driver.get_info = mock.Mock(return_value=mock.Mock(state=power_state.RUNNING))
         for method in (
@@ -175,9 +186,10 @@ class Host:
             config.add_device(device)
         return str(config.to_xml())
 
-    def _create_guest(self, context: Any, xml: str, instance: Instance, *_: Any, **__: Any) -> Any:
-        self.domains[instance.uuid] = Domain(instance.uuid, xml)
-        return mock.Mock()
+    def _create_guest_with_network(
+        self, context: Any, xml: str, instance: Instance, *_: Any, power_on: bool = True, **__: Any
+    ) -> Any:
+        return self.driver._create_guest(context, xml, instance, power_on=power_on)
 
     def _upload(self, context: Any, image_id: str, metadata: Any, data: Any = None, **_: Any) -> None:
         with open(self.uploaded, "wb") as file:
@@ -226,7 +238,8 @@ class Host:
 
     def take_over(self, other: Host) -> None:
         """Go on with the instances of another node, as after an upgrade or on shared storage."""
-        self.path, self.domains = other.path, other.domains
+        self.path = other.path
+        self.domains = self.driver.domains = other.domains
         nova_disks.CONF.set_override("instances_path", other.path)
 
     def spawn(self, instance: Instance) -> Instance:
@@ -242,6 +255,16 @@ class Host:
         with mock.patch.object(self.driver, "destroy"):
             _call(
                 self.driver.power_on, CONTEXT, instance, NETWORK, block_device_info=block_devices(), share_info=[]
+            )  # fmt: skip
+
+    def boot(self, instance: Instance) -> None:
+        """Start an instance as the host boots: without a token."""
+        self.domains[instance.uuid].state = power_state.SHUTDOWN
+        context = nova_context.get_admin_context()
+        with mock.patch.object(self.driver, "destroy"):
+            _call(
+                self.driver.resume_state_on_host_boot, context, instance, NETWORK,
+                block_device_info=block_devices(), share_info=[],
             )  # fmt: skip
 
     def migrate(self, instance: Instance, new_flavor: Any, destination: str) -> str:
@@ -277,11 +300,14 @@ class Host:
         )
         self.driver.pre_live_migration(CONTEXT, instance, block_devices(), NETWORK, disk_info, data)
 
-    def arrived(self, instance: Instance) -> None:
-        """Block live migration: the guest runs here."""
+    def arrived(self, instance: Instance, *, join: bool = True) -> None:
+        """Block live migration: the guest runs here. Wait for what goes on in the background, if not told otherwise."""
         self.driver.post_live_migration_at_destination(
             CONTEXT, instance, NETWORK, block_migration=True, block_device_info=block_devices()
         )
+        for thread in threading.enumerate():
+            if join and thread.name == imgprealloc.nova.BACKGROUND:
+                thread.join()
 
     def rescue(self, instance: Instance) -> None:
         """Boot from a rescue disk."""

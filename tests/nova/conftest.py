@@ -21,12 +21,14 @@ from typing import Any
 import compute_host
 import images
 import loop_filesystem
+from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import utils as libvirt_utils
 import nova_disks
 from oslo_utils import units
 import pytest
 
 from imgprealloc import log
+from imgprealloc import looks
 from imgprealloc import record
 import imgprealloc.nova
 
@@ -64,6 +66,7 @@ def small_base(room: str) -> str:
 def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., nova_disks.Disks]]:
     """Make Disks of either kind, with any options; the instances are removed afterwards."""
     log.forget()
+    looks.forget()
     record.forget()
     imgprealloc.nova._base_sizes.clear()
     made: list[str] = []
@@ -86,6 +89,8 @@ def host(
 ) -> Callable[..., compute_host.Host]:
     """Make compute nodes with options of nova.conf, which belongs to the one that was made last."""
     images = {compute_host.IMAGE: small_base}
+    # In the class, because the driver of ours has one of its own above it.
+    monkeypatch.setattr(libvirt_driver.LibvirtDriver, "_create_guest", compute_host.create_guest)
 
     def make(*, preallocated: bool = True, **options: Any) -> compute_host.Host:
         options.setdefault("default_ephemeral_format", "ext4")

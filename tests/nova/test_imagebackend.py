@@ -22,6 +22,7 @@ from oslo_utils import units
 import pytest
 
 import imgprealloc
+from imgprealloc import cluster_map
 from imgprealloc import fallocate
 from imgprealloc import qcow2_header
 from imgprealloc import record
@@ -330,6 +331,55 @@ def test_vmdk_that_nova_copies_is_left_as_it_is(
         assert ours.read() == theirs.read()
 
 
+def test_trim_of_a_disk_of_another_format_is_let_through(
+    disks: Callable[..., nova_disks.Disks], tmp_path: pathlib.Path
+) -> None:
+    vmdk = str(tmp_path / "base.vmdk")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", vmdk, "64M"], check=True)
+
+    image = disks(force_raw_images=False, use_cow_images=False, libvirt__hw_disk_discard="unmap").spawn(
+        vmdk, 64 * units.Mi, image_type="raw"
+    )
+
+    assert image.libvirt_info("none", {}).driver_discard == "unmap"
+
+
+# In its header: incompatible features, and the first one of them.
+_INCOMPATIBLE, _DIRTY = 72, 1
+
+
+def _dirty_image(path: pathlib.Path, content: str) -> str:
+    """Make an image of which a writer was killed that wrote no refcounts yet (lazy): it is marked as dirty."""
+    images.qcow2_of(path, content, "-o", "compat=1.1,lazy_refcounts=on")
+    command = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 100M 1M", "-c", "flush", "-c", "sigraise 9", str(path)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+    with path.open("rb") as file:
+        file.seek(_INCOMPATIBLE)
+        assert int.from_bytes(file.read(8), "big") & _DIRTY
+    assert subprocess.run(["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True).returncode
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [units.Gi, 0], ids=["grown", "root_gb=0"])
+def test_build_from_a_dirty_image_goes_on_as_with_stock_nova(
+    disks: Callable[..., nova_disks.Disks],
+    small_base: str,
+    tmp_path: pathlib.Path,
+    size: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sparse = images.sparse_file(tmp_path / "content", 256 * units.Mi)
+    dirty = _dirty_image(tmp_path / "base.qcow2", str(sparse))
+    options = {"force_raw_images": False, "use_cow_images": False}
+    stock = disks(preallocated=False, **options).spawn(dirty, size or None, image_type="raw")
+
+    image = disks(**options).spawn(dirty, size or None, image_type="raw")
+
+    assert image.driver_format == stock.driver_format == "qcow2"
+    assert images.reads_like(image.path, "qcow2", stock.path, "qcow2")
+    assert f"{image.path}: not preallocated" in caplog.text or _is_preallocated(image, size)
+
+
 def test_broken_disk_does_not_keep_its_instance_from_starting(
     disks: Callable[..., nova_disks.Disks], base: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -429,6 +479,7 @@ def test_disk_that_may_not_be_read_is_left_to_nova(
 
     for name in ("virtual_size", "read"):
         monkeypatch.setattr(qcow2_header, name, forbidden)
+    monkeypatch.setattr(cluster_map, "mapped", forbidden)
     made.cache(image, small_base, units.Gi)
 
     assert f"{image.path}: not preallocated" in caplog.text

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import json
 import os
+import threading
 from typing import Any
 
 import compute_host
@@ -13,6 +14,8 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+import images
+from nova.compute import utils as compute_utils
 from oslo_concurrency import processutils
 import pytest
 
@@ -150,7 +153,7 @@ def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
 def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]) -> None:
     node = host(imgprealloc__mode="full", imgprealloc__on_unsupported="full")
 
-    strategy = healing.for_running_guest(imgprealloc.nova._preallocator(node.instance()))
+    strategy = healing.without_zeros(imgprealloc.nova._preallocator(node.instance()))
 
     assert (strategy.mode, strategy.on_unsupported) == ("falloc", "metadata")
 
@@ -168,6 +171,76 @@ def test_migration_that_is_over_is_not_failed_by_a_disk(
     node.arrived(instance)
 
     assert "there is no space" in caplog.text
+
+
+@KINDS
+def test_migration_that_is_over_is_not_failed_by_a_flavor_that_cannot_be_had(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, instance = _arriving(host, kind)
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the database is away")
+
+    monkeypatch.setattr(imgprealloc.nova, "_preallocator", fault)
+    node.arrived(instance)
+
+    assert "the database is away" in caplog.text
+
+
+@KINDS
+def test_answer_to_the_source_waits_for_no_disk_operation(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, instance = _arriving(host, kind)
+    turns = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(compute_utils, "disk_ops_semaphore", turns)
+    answered = threading.Event()
+
+    def answer() -> None:
+        node.arrived(instance, join=False)
+        answered.set()
+
+    with turns:
+        threading.Thread(target=answer, daemon=True).start()
+        assert answered.wait(60)
+        [healer] = [thread for thread in threading.enumerate() if thread.name == imgprealloc.nova.BACKGROUND]
+        # Nova stops all the same.
+        assert healer.daemon
+        assert "preallocated" not in node.states(instance).values()
+    healer.join()
+
+    assert node.states(instance) == all_disks("preallocated")
+
+
+@KINDS
+def test_targets_are_not_written_full_because_the_mirror_overwrites_them(
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    instance, disk_info = _source(host, libvirt__images_type=kind)
+    node = host(libvirt__images_type=kind, imgprealloc__mode="full")
+
+    node.expect(instance, disk_info)
+
+    found = {name: _inspect(node, instance, name, kind) for name in DISKS}
+    assert {name: image.state for name, image in found.items()} == all_disks("preallocated")
+    # Of a qcow2 its metadata alone.
+    assert all(_written(image.path) < image.virtual_size // 4 for image in found.values())
+    assert caplog.text.count("falloc instead of full") == 1
+
+
+@KINDS
+def test_disks_that_are_built_are_written_full(host: Callable[..., Host], kind: str) -> None:
+    # The control.
+    node = host(libvirt__images_type=kind, imgprealloc__mode="full")
+    instance = node.spawn(node.instance(compute_host.flavor(root_gb=1)))
+
+    image = _inspect(node, instance, "disk.swap", kind)
+    assert _written(image.path) >= image.virtual_size
+
+
+def _written(path: str) -> int:
+    return os.path.getsize(path) - images.unwritten(path)
 
 
 def _inspect(node: Host, instance: compute_host.Instance, name: str, format: str) -> imgprealloc.DiskImage:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 from typing import Any
+from unittest import mock
 
 import compute_host
 from compute_host import DISKS
@@ -18,11 +19,14 @@ from compute_host import all_disks
 import images
 import loop_filesystem
 import nova_disks
+from oslo_service import loopingcall
 from oslo_utils import units
 import pytest
 
 import imgprealloc
 from imgprealloc import filesystem
+from imgprealloc import healing
+import imgprealloc.nova
 
 LOST = {"qcow2": "mapped", "raw": "thin"}
 
@@ -241,3 +245,130 @@ def test_start_without_preallocation_looks_at_no_disk_more_than_stock_nova(
     options = {"libvirt__images_type": kind, "preallocate_images": "none"}
 
     assert done_by(host(**options)) == done_by(host(preallocated=False, **options))
+
+
+def _resume(node: Host, instance: compute_host.Instance) -> None:
+    xml = node.domains[instance.uuid].xml
+    node.driver._get_existing_domain_xml = lambda *_: xml
+    node.driver._get_mdevs_from_guest_config = node.driver._attach_mediated_devices = mock.Mock()
+    node.driver._attach_pci_devices = node.driver._attach_direct_passthrough_ports = mock.Mock()
+    instance.get_pci_devices = mock.Mock(return_value=[])
+    node.driver._wait_for_running = mock.Mock(side_effect=loopingcall.LoopingCallDone)
+    compute_host._call(
+        node.driver.resume, compute_host.CONTEXT, instance, compute_host.NETWORK,
+        block_device_info=compute_host.block_devices(), share_info=[],
+    )  # fmt: skip
+
+
+def _unrescue(node: Host, instance: compute_host.Instance) -> None:
+    node.rescue(instance)
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    node.driver.unrescue(compute_host.CONTEXT, instance)
+
+
+# Of these Nova lets its image backends know nothing.
+PAST_CACHE = pytest.mark.parametrize("start", [Host.boot, _resume, _unrescue], ids=["boot", "resume", "unrescue"])
+
+
+@PAST_CACHE
+@KINDS
+def test_holes_are_filled_where_nova_starts_a_guest_without_looking_after_its_disks(
+    host: Callable[..., Host], kind: str, start: Callable[..., None]
+) -> None:
+    # Nothing is copied there that would take its time.
+    node = host(libvirt__images_type=kind, imgprealloc__existing_disks="rewrite")
+    instance = node.spawn(node.instance())
+    kept, before = node.keep(instance), node.inodes(instance)
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    assert node.states(instance) == all_disks(LOST[kind])
+
+    start(node, instance)
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert node.inodes(instance) == before
+    assert node.changed(instance, kept) == []
+
+
+@PAST_CACHE
+def test_such_a_start_is_kept_from_nothing_by_a_fault_of_ours(
+    host: Callable[..., Host], start: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    node = host()
+    instance = node.spawn(node.instance())
+    domain = node.domains[instance.uuid]
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the database is away")
+
+    monkeypatch.setattr(imgprealloc.nova, "_preallocator", fault)
+    start(node, instance)
+
+    assert node.domains[instance.uuid] is not domain
+    assert "the database is away" in caplog.text
+
+
+def test_such_a_start_on_a_full_host_goes_on(host: Callable[..., Host], caplog: pytest.LogCaptureFixture) -> None:
+    node = host(libvirt__images_type="raw")
+    instance = node.spawn(node.instance())
+    compute_host.lose_space(node.disk(instance))
+
+    with _full(node.path):
+        node.boot(instance)
+
+    assert node.states(instance)["disk"] == "thin"
+    assert f"{node.disk(instance)}: not preallocated" in caplog.text
+
+
+@KINDS
+def test_disks_of_which_nova_has_noted_another_format_are_left_alone_then(host: Callable[..., Host], kind: str) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    noted = os.path.join(node.path, instance.uuid, "disk.info")
+    with open(noted) as file:
+        content = file.read()
+    other = {"raw": "qcow2", "qcow2": "raw"}[kind]
+    with open(noted, "w") as file:
+        file.write(content.replace(f'"{kind}"', f'"{other}"'))
+    before = node.identities(instance)
+
+    imgprealloc.nova._heal_described(node.domains[instance.uuid].xml, instance, is_started=True)
+
+    assert node.identities(instance) == before
+
+
+@KINDS
+def test_disk_that_cache_has_looked_after_is_not_looked_after_again(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    asked: list[str] = []
+    heal = healing.heal
+
+    def listening(strategy: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        asked.append(os.path.basename(path))
+        heal(strategy, path, *args, **kwargs)
+
+    monkeypatch.setattr(healing, "heal", listening)
+    node.start(instance)
+
+    assert sorted(asked) == sorted(DISKS)
+
+
+def test_trim_is_let_through_where_the_filesystem_can_hold_nothing(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = host(libvirt__images_type="raw", libvirt__hw_disk_discard="unmap")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    monkeypatch.setattr(filesystem, "under", lambda folder: filesystem.Filesystem("ext3", False, False))
+
+    node.start(instance)
+
+    assert [disk.driver_discard for disk in node.described(instance)] == ["unmap"] * 3

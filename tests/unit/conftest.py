@@ -12,6 +12,7 @@ import os
 import pytest
 
 from imgprealloc import log
+from imgprealloc import looks
 from imgprealloc import qemu_img
 from imgprealloc import record
 
@@ -25,10 +26,12 @@ def forgotten() -> Iterator[None]:
     """Forget what the library remembers for the life of a process."""
     qemu_img.forget()
     log.forget()
+    looks.forget()
     record.forget()
     yield
     qemu_img.forget()
     log.forget()
+    looks.forget()
     record.forget()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import errno
-import fcntl
 import os
 import pathlib
 import struct
@@ -149,9 +148,9 @@ class Fiemap(fixtures.Fixture):
         self.calls = 0
 
     def _setUp(self) -> None:
-        self.useFixture(fixtures.MockPatchObject(fcntl, "ioctl", self._ioctl))
+        self.useFixture(fixtures.MockPatchObject(fallocate, "_ioctl", self._ioctl))
 
-    def _ioctl(self, fd: int, request: int, buffer: bytearray) -> int:
+    def _ioctl(self, fd: int, request: int, buffer: bytearray) -> None:
         assert request == 0xC020660B
         self.calls += 1
         start, length, _, _, room, _ = struct.unpack_from("=QQIIII", buffer)
@@ -159,7 +158,6 @@ class Fiemap(fixtures.Fixture):
         for number, (logical, size, flags) in enumerate(inside[:room]):
             struct.pack_into("=QQQQQIIII", buffer, 32 + 56 * number, logical, logical, size, 0, 0, flags, 0, 0, 0)
         struct.pack_into("=I", buffer, 20, len(inside[:room]))
-        return 0
 
 
 def test_extents_tell_shared_from_own(file: pathlib.Path) -> None:
@@ -203,13 +201,18 @@ def test_more_extents_than_one_call_gives_are_all_seen_once(file: pathlib.Path) 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])
 def test_filesystem_without_an_extent_map_is_not_an_empty_one(file: pathlib.Path, code: int) -> None:
-    with fixtures.MockPatchObject(fcntl, "ioctl", raises(code)):
+    with fixtures.MockPatchObject(fallocate, "_ioctl", raises(code)):
         assert fallocate.extents(str(file)) is None
 
 
 def test_any_other_fault_of_the_extent_map_is_an_error(file: pathlib.Path) -> None:
-    with fixtures.MockPatchObject(fcntl, "ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
+    with fixtures.MockPatchObject(fallocate, "_ioctl", raises(errno.EIO)), pytest.raises(OSError, match="error"):
         fallocate.extents(str(file))
+
+
+def test_kernel_s_refusal_of_an_extent_map_becomes_an_oserror(file: pathlib.Path) -> None:
+    with file.open("rb") as opened, pytest.raises(OSError, match="Inappropriate ioctl"):
+        fallocate._ioctl(opened.fileno(), 0x1234, bytearray(4096))
 
 
 @pytest.mark.parametrize(

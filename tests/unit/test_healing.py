@@ -22,10 +22,21 @@ from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import healing
+from imgprealloc import looks
 from imgprealloc.fallocate import Extent
 from imgprealloc.filesystem import Filesystem
 
 Logged = Callable[[int], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _memoryless() -> Iterator[None]:
+    """Let a look at a disk be what the strategy says; what is remembered of it, test_looks tells."""
+    with (
+        fixtures.MockPatchObject(looks, "at", lambda strategy, path, format: strategy.inspect(path, format=format)),
+        fixtures.MockPatchObject(looks, "remember", lambda found: None),
+    ):
+        yield
 
 
 @pytest.fixture
@@ -72,12 +83,12 @@ def error(kind: type[exceptions.PreallocationError], *more: Any) -> exceptions.P
 
 
 def test_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Turn) -> None:
-    strategy = playing(lambda *_, **more: turn.held or pytest.fail("not in turn"))
+    strategy = playing()
 
     healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
 
-    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2")
-    assert (turn.taken, turn.held) == (1, False)
+    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2", turn=turn)
+    assert turn.taken == 0
 
 
 @pytest.mark.parametrize("kind", [exceptions.NoSpace, exceptions.ImageInUse, exceptions.UnsupportedFilesystem])
@@ -93,12 +104,23 @@ def test_new_disk_that_cannot_be_preallocated_is_an_error(turn: Turn, kind: Any)
 
 @pytest.mark.parametrize("existing", ["reserve", "rewrite"])
 def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn: Turn, existing: Existing) -> None:
-    strategy = playing(lambda *_, **more: turn.held or pytest.fail("not in turn"))
+    strategy = playing()
 
     healing.heal(strategy, disk, "raw", existing, turn)
 
-    strategy.preallocate.assert_called_once_with(disk, existing, format="raw")
-    assert not turn.held
+    known = strategy.inspect.return_value
+    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known, turn=turn)
+    assert turn.taken == 0
+
+
+def test_disk_that_cannot_be_looked_at_is_warned_of_and_its_guest_starts(disk: str, turn: Turn, logged: Logged) -> None:
+    strategy = playing()
+    strategy.inspect.side_effect = error(exceptions.BrokenImage)
+
+    healing.heal(strategy, disk, "qcow2", "reserve", turn, stock_length=units.Gi)
+
+    strategy.preallocate.assert_not_called()
+    assert len(logged(logging.WARNING)) == 1
 
 
 @pytest.mark.parametrize(

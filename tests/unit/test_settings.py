@@ -46,7 +46,7 @@ assert imgprealloc.__file__.startswith({copy!r}), imgprealloc.__file__
 # The library.
 assert Preallocator().colour == "red"
 assert Preallocator(colour="blue").with_mode("full").colour == "blue"
-assert healing.for_running_guest(Preallocator(colour="blue")).colour == "blue"
+assert healing.without_zeros(Preallocator(colour="blue")).colour == "blue"
 try:
     Preallocator(colour="green")
 except ValueError as exc:
@@ -149,6 +149,6 @@ def test_another_mode_is_another_strategy() -> None:
 def test_no_zeros_are_written_under_a_running_guest(
     mode: settings.Mode, fallback: settings.OnUnsupported, running: tuple[str, str]
 ) -> None:
-    made = healing.for_running_guest(Preallocator(mode, on_unsupported=fallback, overlay_cluster_size=65536))
+    made = healing.without_zeros(Preallocator(mode, on_unsupported=fallback, overlay_cluster_size=65536))
 
     assert (made.mode, made.on_unsupported, made.overlay_cluster_size) == (*running, 65536)

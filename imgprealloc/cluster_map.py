@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A qcow2 file's cluster map, read without qemu-img: only whether each cluster has a place that is its own.
+
+What it says yes to is fully mapped. What it says no to may be that too, or
+damaged, or anything: qemu-img check tells. It looks for no faults, and is as
+safe as a read: what a header asks it to read is bounded before anything is.
+Layout: QEMU's docs/interop/qcow2.txt.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import os
+import struct
+import sys
+from typing import Optional
+
+from oslo_utils import units
+
+from imgprealloc import native_thread
+
+_MAGIC = b"QFI\xfb"
+
+# magic, version, backing file's offset and length, cluster bits, size,
+# encryption, L1 entries and offset, refcount table's offset and clusters,
+# snapshots and their offset
+_VERSION_2 = struct.Struct(">4sIQIIQIIQQIIQ")
+# incompatible and autoclear features
+_FEATURES = struct.Struct(">Q8xQ")
+
+_SUBCLUSTERS = 1 << 4
+
+# A table's entry: in its first byte COPIED, which says that the cluster is in
+# use by it alone, and nothing else; its last byte has the mark of a cluster
+# that reads as zeros. Between them is the offset, a multiple of 512.
+_COPIED = b"\x80"
+_ENTRY = 8
+_ENTRY_WITH_SUBCLUSTERS = 16
+
+# 2 TiB have as much, in clusters of 128 KiB with subclusters or of 64 KiB without.
+_MOST_TABLES = 256 * units.Mi
+_A_READ = units.Mi
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A qcow2 file in which no write allocates a cluster. Sizes are bytes.
+
+    :param end: where the last cluster that the map tells of ends
+    """
+
+    virtual_size: int
+    cluster_size: int
+    clusters: int
+    extended_l2: bool
+    end: int
+
+
+def mapped(fd: int) -> Optional[Mapped]:
+    """Read a cluster map, if all of it is plain and every cluster is in it; None for all else.
+
+    :param fd: an open file that may be qcow2, also one in use
+    """
+    return native_thread.run(_mapped, fd)
+
+
+def _mapped(fd: int) -> Optional[Mapped]:
+    status = os.fstat(fd)
+    head = os.pread(fd, _VERSION_2.size + _FEATURES.size, 0)
+    if len(head) < _VERSION_2.size + _FEATURES.size:
+        return None
+    magic, version, _, _, cluster_bits, size, encryption, l1_entries, l1_offset, _, _, snapshots, _ = (
+        _VERSION_2.unpack_from(head)
+    )
+    if magic != _MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
+        return None
+    extended = False
+    if version == 3:
+        incompatible, autoclear = _FEATURES.unpack_from(head, _VERSION_2.size)
+        if incompatible & ~_SUBCLUSTERS or autoclear:
+            return None
+        extended = bool(incompatible)
+    # Each cluster has to be in the file, whose space is really there: with that,
+    # there is no more to read than a file of this size can have.
+    if not size or size > status.st_size or status.st_blocks * 512 < status.st_size:
+        return None
+    cluster_size = 1 << cluster_bits
+    entry = _ENTRY_WITH_SUBCLUSTERS if extended else _ENTRY
+    clusters = -(-size // cluster_size)
+    tables = -(-clusters // (cluster_size // entry))
+    if clusters * entry > _MOST_TABLES or tables > l1_entries:
+        return None
+    if l1_offset > status.st_size:
+        return None
+    l1_table = _offsets(os.pread(fd, tables * _ENTRY, l1_offset), tables, _ENTRY)
+    if l1_table is None:
+        return None
+    end = max(l1_table) + cluster_size
+    left = clusters * entry
+    for table in l1_table:
+        for position in range(0, min(cluster_size, left), _A_READ):
+            length = min(cluster_size - position, left - position, _A_READ)
+            offsets = _offsets(os.pread(fd, length, table + position), length // entry, entry)
+            if offsets is None:
+                return None
+            end = max(end, max(offsets) + cluster_size)
+        left -= cluster_size
+    return Mapped(size, cluster_size, clusters, extended, end)
+
+
+def _offsets(entries: bytes, count: int, entry: int) -> Optional[array.array[int]]:
+    """Return where the clusters are that a table points to; None if it is not plain."""
+    if len(entries) != count * entry:
+        return None
+    if entries[::entry] != _COPIED * count or entries[_ENTRY - 1 :: entry].count(0) != count:
+        return None
+    unmarked = bytearray(entries)
+    unmarked[::entry] = bytes(count)
+    offsets = array.array("Q", bytes(unmarked))[:: entry // _ENTRY]
+    if sys.byteorder == "little":
+        offsets.byteswap()
+    # A cluster at 0 is none.
+    return offsets if min(offsets) else None
