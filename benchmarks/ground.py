@@ -10,14 +10,18 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 import warnings
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
 
 import loop_filesystem
+
+FILESYSTEMS = loop_filesystem.COMMON
 
 # Nova 34 does without eventlet but still imports it, and eventlet warns of itself.
 warnings.filterwarnings("ignore", message="\\s*Eventlet is deprecated")
@@ -57,6 +61,45 @@ def tell(facts: Mapping[str, Any], results: Mapping[str, Any], table: str, *, as
         print(table)
 
 
+def await_space(mount_point: str, size: int) -> None:
+    """Wait until what was removed is free again, which XFS does in the background.
+
+    :raises: RuntimeError when it does not come
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        space = os.statvfs(mount_point)
+        if space.f_bavail * space.f_frsize >= size:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{mount_point} lacks space: it has {space.f_bavail * space.f_frsize} bytes")
+        time.sleep(0.1)
+
+
+def parser(description: str | None, short: str) -> argparse.ArgumentParser:
+    """Return a parser of what each part of the suite may be told, and let SIGTERM unmount what is mounted.
+
+    :param short: what the short form is
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--short", action="store_true", help=short)
+    made.add_argument("--json", metavar="FILE", help="write all that was measured there")
+    return made
+
+
+def filesystems(made: argparse.ArgumentParser) -> None:
+    """Let a part be told where to measure."""
+    made.add_argument("--filesystem", action="append", choices=FILESYSTEMS, help="default: all")
+
+
+def save(path: str, **results: Any) -> None:
+    """Write all that was measured, and on what."""
+    with open(path, "w") as file:
+        json.dump({"facts": facts(), **results}, file, indent=1)
+        file.write("\n")
+
+
 def write_out(mount_point: str) -> None:
     """Write to all of a filesystem once, so that the file it lives in is not allocated while we measure."""
     path = os.path.join(mount_point, "all")
@@ -73,6 +116,13 @@ def is_direct(mount_point: str) -> bool:
     return _output("losetup", "-n", "-O", "DIO", device) == "1"
 
 
+def written(mount_point: str) -> int:
+    """Return the bytes that have been written to a filesystem's device since it is there."""
+    device = os.path.basename(_output("findmnt", "-n", "-o", "SOURCE", mount_point))
+    with open(f"/sys/block/{device}/stat") as file:
+        return int(file.read().split()[6]) * 512
+
+
 def base_image(path: str, size: int) -> str:
     """Write a raw image without holes, which repeats a MiB that does not compress."""
     block = random.Random(0).randbytes(1024**2)
@@ -86,6 +136,29 @@ def base_image(path: str, size: int) -> str:
 def settle(mount_point: str) -> None:
     """Write out what earlier runs have left behind, so that the next one does not wait for it."""
     _output("sync", "-f", mount_point)
+
+
+def size(text: str) -> int:
+    """Return the bytes that 64K, 2M, 10G or 4T are.
+
+    :raises: ValueError
+    """
+    units = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+    return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)
+
+
+def facts() -> dict[str, str]:
+    """Say what was measured, and on what."""
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) // 1024**2
+    return {
+        **versions(),
+        "fio": _output("fio", "--version").removeprefix("fio-"),
+        "cpus": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory} GiB",
+        # Of one minute; above 1 somebody else was at work.
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
 
 
 def versions() -> dict[str, str]:
