@@ -118,16 +118,19 @@ class Format(abc.ABC):
         asked: Geometry,
         promise: Promise,
         write: Callable[[NewFile], object],
+        *,
+        quickly: bool = False,
     ) -> DiskImage:
         """Have a new file written, read it, and let it become the disk if it is what was asked for and promised.
 
+        :param quickly: whether a glance that finds it preallocated is enough
         :raises: BrokenImage, NotPreallocated
         """
         found: list[DiskImage] = []
 
         def judge(new: NewFile) -> None:
             try:
-                image = self.read(new)
+                image = (self.glance(new) if quickly else None) or self.read(new)
             except exceptions.FormatMismatch as exc:
                 raise not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
             _refuse_other_than_asked(image, asked)

@@ -90,7 +90,7 @@ class Qcow2(format.Format):
         if promise.holds_space and filesystem.available(file.folder) < blank.virtual_size:
             # A look may tell that the space that is short is its own.
             return None
-        return self._recreation(file, blank, stamp, promise)
+        return self._recreation(file, blank, stamp, promise, just_made=True)
 
     def make(
         self, place: Place, size: int, promise: Promise, backing_file: Optional[str], backing_format: Optional[str]
@@ -188,13 +188,17 @@ class Qcow2(format.Format):
             backing_file=file.beside(image.backing_file), backing_format=image.backing_format,
         )  # fmt: skip
 
-    def _recreation(self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise) -> Treatment:
-        place_for = functools.partial(replacement.replacing, file, stamp)
+    def _recreation(
+        self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise, *, just_made: bool = False
+    ) -> Treatment:
+        place_for = functools.partial(replacement.replacing, file, stamp, durably=not just_made)
         # As QEMU sees it, in whole sectors.
         blank = dataclasses.replace(blank, virtual_size=blank.virtual_size // reading.SECTOR * reading.SECTOR)
-        return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise))
+        return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise, quickly=just_made))
 
-    def _put_blank(self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise) -> DiskImage:
+    def _put_blank(
+        self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise, *, quickly: bool = False
+    ) -> DiskImage:
         options = self._options(promise, blank.backing_file, blank.cluster_size)
         asked = Geometry(
             blank.virtual_size,
@@ -202,7 +206,9 @@ class Qcow2(format.Format):
             blank.backing_file,
             blank.backing_format,
         )
-        return self.put(place_for, asked, promise, lambda new: self._write(place, new, blank, options, promise))
+        return self.put(
+            place_for, asked, promise, lambda new: self._write(place, new, blank, options, promise), quickly=quickly
+        )
 
     def _write(self, place: Place, new: NewFile, blank: Blank, options: dict[str, str], promise: Promise) -> None:
         """Fill a new file with a disk that holds nothing."""
@@ -220,7 +226,10 @@ class Qcow2(format.Format):
         self, place: Place, new: NewFile, base: _Base, size: int, options: dict[str, str], promise: Promise
     ) -> None:
         kind = self._subclusters(promise)
-        first_size = size if kind == "unallocated" else self._size_over(base, size)
+        if kind == "unallocated":
+            first_size = min(size, self.settings.overlay_cluster_size)
+        else:
+            first_size = self._size_over(base, size)
         if kind == "copied" and base.size:
             copied_size = min(size, base.size)
             qemu_img.copy_in(new.path, base.path, base.format, new.program_name, copied_size, options)
@@ -236,7 +245,7 @@ class Qcow2(format.Format):
                 new.path, new.program_name, first_size, "qcow2", options,
                 backing_file=base.name, backing_format=base.format,
             )  # fmt: skip
-        self._allocate_rest(place, new, first_size, size, promise)
+        self._grow_new(place, new, first_size, size, promise, allocated=kind != "unallocated")
 
     def _subclusters(self, promise: Promise) -> OverlaySubclusters:
         """Return how far the subclusters of an overlay go; growing without space allocates none."""
@@ -252,11 +261,15 @@ class Qcow2(format.Format):
         return min(size, _round_up(max(base.size, 1), self.settings.overlay_cluster_size))
 
     @staticmethod
-    def _allocate_rest(place: Place, new: NewFile, first_size: int, size: int, promise: Promise) -> None:
-        """Grow an overlay beyond its base so that its subclusters are allocated there."""
+    def _grow_new(place: Place, new: NewFile, first_size: int, size: int, promise: Promise, *, allocated: bool) -> None:
+        """Grow an overlay that nobody has yet, by growing because that waits for no disk, as qemu-img create does.
+
+        :param allocated: whether the subclusters of what is new are to be
+            allocated; QEMU does that where it hides a backing file
+        """
         _refuse_other_size(new, first_size)
         if first_size < size:
-            with replacement.zeros(place, size) as zeros:
+            with replacement.zeros(place, size if allocated else 0) as zeros:
                 qemu_img.resize_over_zeros(
                     new.path, new.program_name, size, zeros.program_name, promise.mode, flush=False
                 )
@@ -297,7 +310,7 @@ class Qcow2(format.Format):
             return
         if kind == "allocated" and first_size < size:
             qemu_img.shrink(file.path, new.program_name, first_size, **over)
-        self._allocate_rest(file, new, first_size, size, promise)
+        self._grow_new(file, new, first_size, size, promise, allocated=True)
         if first_size < size:
             qemu_img.copy_tail(*names, first_size, size, **over)
 

@@ -248,13 +248,15 @@ def resize(
 
 
 def resize_over_zeros(path: str, name: str, size: int, zeros: str, preallocation: str, *, flush: bool = True) -> None:
-    """Grow a qcow2 overlay as if its backing file were zeros, a sparse file of size bytes.
+    """Grow a qcow2 overlay as if its backing file were zeros, a sparse file.
 
-    QEMU then has a backing file to hide from the new part, and marks its
-    subclusters allocated instead of only mapping them (qcow2.c,
-    subclusters_need_allocation). The header keeps the true backing file.
-    The old size must be a multiple of the cluster size: in a cluster that is
-    there already, the zeros would come instead of the true backing file's tail.
+    If that has size bytes, QEMU has a backing file to hide from the new part, and
+    marks its subclusters allocated instead of only mapping them (qcow2.c,
+    subclusters_need_allocation). The old size must be a multiple of the cluster
+    size then: in a cluster that is there already, the zeros would come instead
+    of the true backing file's tail. If it is empty there is nothing to hide, and
+    what is new shows the true backing file; for an overlay that has just been
+    made. The header keeps the true backing file in either case.
 
     :param flush: whether each step has to be on stable storage before the
         next, as for a disk that must survive a crash half way; 40 GiB take

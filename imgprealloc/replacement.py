@@ -90,7 +90,9 @@ def new(place: Place, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
 
 
 @contextlib.contextmanager
-def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
+def replacing(
+    disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], object], *, durably: bool = True
+) -> Iterator[NewFile]:
     """Give an empty file that takes the place of a disk when the block ends well.
 
     It is on stable storage before it gets its name, and has the disk's mode,
@@ -98,6 +100,9 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
 
     :param stamp: of the disk as it was when it was decided to replace it
     :param judge: as for new()
+    :param durably: not for a disk that has just been made and that nobody has
+        written to: that is not on stable storage either, and what its guest
+        flushes takes the rest with it
     :raises: ImageInUse, DiskIsLink, FileInTheWay, CommandFailed
     """
     _refuse_links(disk)
@@ -110,7 +115,11 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
     with lock.no_writer(disk.path, disk.fd), _claimed(disk, _SUFFIX, keep=is_all_that_there_is) as file:
         disk.refuse_changed(stamp)
         yield file
-        _settle(file, judge)
+        if durably:
+            _settle(file, judge)
+        else:
+            judge(file)
+            _refuse_other(file)
         _copy_attributes(disk.fd, file.fd)
         # Not every writer heeds QEMU's lock. A reader is worth waiting for, now
         # that the work is done.
@@ -119,7 +128,8 @@ def replacing(disk: DiskFile, stamp: FileStamp, judge: Callable[[NewFile], objec
         tried.append(True)
         _rename_over(disk, file)
         _take_mark_off(file, stat.S_IMODE(os.fstat(disk.fd).st_mode))
-        _sync_folder(disk)
+        if durably:
+            _sync_folder(disk)
 
 
 @contextlib.contextmanager
@@ -205,6 +215,14 @@ def _settle(file: NewFile, judge: Callable[[NewFile], object]) -> None:
     # writing to wait for, and eventlet has only this one thread.
     size = os.fstat(file.fd).st_size
     command.run(file.path, "sync", file.program_name, work=size, meanwhile=lambda: judge(file))
+    _refuse_other(file)
+
+
+def _refuse_other(file: NewFile) -> None:
+    """Refuse a new file whose name another has by now.
+
+    :raises: ImageInUse
+    """
     if not _is_named(file, file.name, file.fd):
         raise exceptions.ImageInUse(
             file.path, "another program has removed or replaced the new file", "Nothing was changed; try again."

@@ -71,12 +71,12 @@ def test_what_a_disk_without_a_backing_file_gets_either_way(
 @pytest.mark.parametrize(
     ("subclusters", "mode", "changes", "state"),
     [
-        ("unallocated", "falloc", ["create", "fallocate", "sync"], "preallocated"),
-        ("unallocated", "full", ["create", "fallocate", "sync"], "preallocated"),
-        ("unallocated", "metadata", ["create", "sync"], "mapped"),
+        ("unallocated", "falloc", ["create", "resize", "fallocate", "sync"], "preallocated"),
+        ("unallocated", "full", ["create", "resize", "fallocate", "sync"], "preallocated"),
+        ("unallocated", "metadata", ["create", "resize", "sync"], "mapped"),
         ("allocated", "falloc", ["create", "resize", "fallocate", "sync"], "preallocated"),
         ("allocated", "full", ["create", "resize", "fallocate", "sync"], "preallocated"),
-        ("allocated", "metadata", ["create", "sync"], "mapped"),
+        ("allocated", "metadata", ["create", "resize", "sync"], "mapped"),
         ("copied", "falloc", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
         ("copied", "full", ["convert", "rebase", "resize", "fallocate", "sync"], "preallocated"),
         ("copied", "metadata", ["convert", "rebase", "resize", "sync"], "mapped"),
@@ -322,13 +322,17 @@ def test_disk_without_a_backing_file_is_made_in_one_go(host: Host) -> None:
     assert host.run("resize") == []
 
 
-def test_mode_metadata_has_nothing_to_gain_from_zeros(host: Host) -> None:
-    in_format.qcow2("metadata", overlay_subclusters="allocated").create(
-        host.path(), SIZE, host.base(4 * CLUSTER), backing_format="raw"
-    )
+@pytest.mark.parametrize(
+    ("mode", "subclusters"), [("metadata", "allocated"), ("falloc", "unallocated"), ("full", "unallocated")]
+)
+def test_nothing_is_hidden_where_nothing_is_to_be_allocated(
+    host: Host, mode: Mode, subclusters: OverlaySubclusters
+) -> None:
+    strategy = in_format.qcow2(mode, overlay_subclusters=subclusters)
 
-    assert host.run("resize") == []
-    assert host.run("create")[0].argv[-1] == str(SIZE)
+    strategy.create(host.path(), SIZE, host.base(4 * CLUSTER + 512), backing_format="raw")
+
+    assert not any(call.is_over_zeros for call in host.run("resize"))
 
 
 # create
