@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from imgprealloc import exceptions
 from imgprealloc import filesystem
@@ -14,6 +15,9 @@ from imgprealloc.disk_file import Place
 from imgprealloc.image import State
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
+
+# Seconds, in which a filesystem that frees space has freed some.
+_PAUSE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,5 +91,12 @@ def require_space(place: Place, needed: int) -> None:
     :raises: NoSpace
     """
     available = filesystem.available(place.folder)
-    if needed > available:
-        raise os_errors.no_space(place.path, f"it needs {needed} bytes more, and the filesystem has {available}")
+    while needed > available:
+        before = available
+        if not filesystem.is_plain(place.folder_fd):
+            # XFS and btrfs take their time to free what has been removed, and
+            # what they answer meanwhile grows. A fallocate would wait for it.
+            time.sleep(_PAUSE)
+            available = filesystem.available(place.folder)
+        if available <= before:
+            raise os_errors.no_space(place.path, f"it needs {needed} bytes more, and the filesystem has {available}")

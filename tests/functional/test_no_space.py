@@ -378,3 +378,17 @@ def test_disk_in_mode_metadata_is_found_out_to_be_short_of_space(tight: pathlib.
     image = Preallocator("metadata").create(tight / "disk", 64 * MiB)
 
     assert (image.state, image.shortfall >= 64 * MiB) == ("mapped", True)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_space_of_what_has_just_been_removed_counts(tight: pathlib.Path) -> None:
+    # XFS frees it in the background, and the longer, the more pieces it is in.
+    room = images.free(tight) * 4 // 5 // MiB * MiB
+    with open(tight / "old", "wb") as file:
+        for start in range(0, room, 8 * KiB):
+            os.posix_fallocate(file.fileno(), start, 4 * KiB)
+    images.run("sync", "-f", tight)
+
+    (tight / "old").unlink()
+
+    assert Preallocator().create(tight / "disk", room).state == "preallocated"

@@ -27,6 +27,7 @@ from oslo_utils import units
 from imgprealloc import fallocate
 from imgprealloc import filesystem
 from imgprealloc import os_errors
+from imgprealloc import promise
 from imgprealloc import subclusters
 from imgprealloc import zeros
 from imgprealloc.filesystem import Filesystem
@@ -276,6 +277,7 @@ class Host(Programs):
         # What happens without a process could not be seen.
         self.useFixture(fixtures.MockPatchObject(fallocate, "AT_ONCE", 0))
         self.useFixture(fixtures.MockPatchObject(subclusters, "mostly_allocated", self._mostly_allocated))
+        self.useFixture(fixtures.MockPatchObject(promise, "_PAUSE", 0))
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import errno
 import logging
 import os
 from typing import Any, get_args
 
+import fixtures
 from oslo_concurrency import processutils
 import pytest
 
 from imgprealloc import disk_file
 from imgprealloc import exceptions
+from imgprealloc import filesystem
 from imgprealloc import promise
 from imgprealloc.filesystem import Filesystem
 from imgprealloc.promise import Promise
@@ -127,6 +130,28 @@ def test_what_just_fits_is_not_refused(host: Host) -> None:
     host.available = 1000
 
     require_space(host.path(), 1000)
+
+
+@pytest.mark.parametrize(
+    ("plain", "answers", "fits"),
+    [
+        (False, [100, 600, 1000], True),
+        (False, [100, 600, 600], False),
+        (False, [100, 100, 1000], False),
+        # ext4 has freed all that it will.
+        (True, [100, 1000], False),
+    ],
+)
+def test_filesystem_that_is_still_freeing_space_is_waited_for(
+    host: Host, plain: bool, answers: list[int], fits: bool
+) -> None:
+    told = iter(answers)
+    with (
+        fixtures.MockPatchObject(filesystem, "available", lambda directory: next(told)),
+        fixtures.MockPatchObject(filesystem, "is_plain", lambda fd: plain),
+        contextlib.nullcontext() if fits else pytest.raises(exceptions.NoSpace),
+    ):
+        require_space(host.path(), 1000)
 
 
 def test_what_does_not_fit_is_refused_in_the_words_of_a_failed_program(host: Host) -> None:
