@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -292,7 +293,8 @@ def _strategy(instance: Any) -> Preallocator:
             "the disks that it makes here get mode falloc instead of full, because QEMU overwrites them; "
             "what the guest has not written stays unwritten",
         )
-    return healing.without_zeros(strategy)
+    # Nor is anything allocated in it but what the mirror writes: it becomes what the source is.
+    return dataclasses.replace(healing.without_zeros(strategy), overlay_subclusters="unallocated")
 
 
 def _existing_disks() -> Existing:

@@ -77,6 +77,17 @@ def test_flavor_chooses_the_mode_of_the_targets(host: Callable[..., Host], kind:
     assert {name: _inspect(node, instance, name, kind).state for name in DISKS} == all_disks(state)
 
 
+@pytest.mark.parametrize("subclusters", ["allocated", "copied"])
+def test_nothing_is_allocated_in_targets_but_by_the_mirror(host: Callable[..., Host], subclusters: str) -> None:
+    instance, disk_info = _source(host, libvirt__images_type="qcow2")
+    instance.flavor = compute_host.flavor(imgprealloc__overlay_subclusters=subclusters)
+    node = host(libvirt__images_type="qcow2")
+
+    node.expect(instance, disk_info)
+
+    assert {name: images.allocated_in_map(node.disk(instance, name)) for name in DISKS} == dict.fromkeys(DISKS, 0)
+
+
 @KINDS
 def test_destination_without_space_refuses_before_the_guest_is_sent(host: Callable[..., Host], kind: str) -> None:
     instance, disk_info = _source(host, libvirt__images_type=kind)
