@@ -8,14 +8,17 @@ every other thread of nova-compute.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable
 from collections.abc import Sequence
 import ctypes
 import dataclasses
 import errno
+import itertools
 import os
 import struct
 import sys
+from typing import overload
 
 from oslo_utils import units
 
@@ -62,6 +65,41 @@ class Extent:
         return self.start + self.length
 
 
+class ExtentMap(Sequence[Extent]):
+    """The stretches of a file, in order; they become objects as they are asked for.
+
+    A fragmented file has millions. As many objects would be looked through by
+    Python's garbage collector, which stops all threads for that.
+    """
+
+    def __init__(self) -> None:
+        self._starts = array.array("Q")
+        self._ends = array.array("Q")
+        self._shared = bytearray()
+
+    def add(self, start: int, end: int, *, shared: bool) -> None:
+        """Add what follows; nothing where it is empty."""
+        if end > start:
+            self._starts.append(start)
+            self._ends.append(end)
+            self._shared.append(shared)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
+
+    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        return Extent(start, self._ends[index] - start, bool(self._shared[index]))
+
+
 def reserve(path: str, name: str, start: int, length: int) -> None:
     """Set aside space for a stretch of a file, also past its end; fill holes only.
 
@@ -92,17 +130,16 @@ def gaps(name: str, start: int, end: int) -> list[Extent]:
 
 
 def _gaps(found: Sequence[Extent], start: int, end: int) -> list[Extent]:
-    missing: list[Extent] = []
+    missing = ExtentMap()
     position = start
-    for extent in [*found, Extent(end, 0)]:
-        if min(extent.start, end) > position:
-            missing.append(Extent(position, min(extent.start, end) - position))
+    for extent in itertools.chain(found, [Extent(end, 0)]):
+        missing.add(position, min(extent.start, end), shared=False)
         position = max(position, extent.end)
     if len(missing) <= _MOST_GAPS:
-        return missing
+        return list(missing)
     size = -(-len(missing) // _MOST_GAPS)
-    groups = [missing[first : first + size] for first in range(0, len(missing), size)]
-    return [Extent(group[0].start, group[-1].end - group[0].start) for group in groups]
+    groups = [(missing[first], missing[min(first + size, len(missing)) - 1]) for first in range(0, len(missing), size)]
+    return [Extent(first.start, last.end - first.start) for first, last in groups]
 
 
 def shared(name: str) -> list[Extent]:
@@ -134,7 +171,7 @@ def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
         )
 
 
-def extents(name: str) -> list[Extent] | None:
+def extents(name: str) -> Sequence[Extent] | None:
     """Return what the filesystem has set aside for a file, also past its end.
 
     In as few pieces as can be told apart: a guest that writes in random order
@@ -151,8 +188,8 @@ def extents(name: str) -> list[Extent] | None:
             raise
 
 
-def _fiemap(fd: int) -> list[Extent]:
-    joined: list[Extent] = []
+def _fiemap(fd: int) -> ExtentMap:
+    joined = ExtentMap()
     # The piece that the next extent may belong to.
     start, end, was_shared = 0, 0, False
     flags = 0
@@ -169,12 +206,10 @@ def _fiemap(fd: int) -> list[Extent]:
         for logical, _, length, _, _, flags, _, _, _ in _FIEMAP_EXTENT.iter_unpack(answer):
             shared = bool(flags & _EXTENT_SHARED)
             if logical != end or shared != was_shared:
-                if end > start:
-                    joined.append(Extent(start, end - start, was_shared))
+                joined.add(start, end, shared=was_shared)
                 start, was_shared = logical, shared
             end = logical + length
-    if end > start:
-        joined.append(Extent(start, end - start, was_shared))
+    joined.add(start, end, shared=was_shared)
     return joined
 
 

@@ -14,7 +14,7 @@ import imgprealloc
 from imgprealloc import native_thread
 
 # Each other block of a sparse file is written, so that each is an extent.
-_EXTENTS = 200_000
+_EXTENTS = 1_000_000
 _BLOCK = 4096
 
 # What is asked of the disk, by a process that is patched as nova-compute is; its answer is the longest time, in
