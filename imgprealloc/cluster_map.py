@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import itertools
+import operator
 import os
 import struct
 import sys
@@ -70,9 +72,10 @@ def _mapped(fd: int) -> Optional[Mapped]:
     head = os.pread(fd, _VERSION_2.size + _FEATURES.size, 0)
     if len(head) < _VERSION_2.size + _FEATURES.size:
         return None
-    magic, version, _, _, cluster_bits, size, encryption, l1_entries, l1_offset, _, _, snapshots, _ = (
-        _VERSION_2.unpack_from(head)
-    )
+    (
+        magic, version, _, _, cluster_bits, size, encryption,
+        l1_entries, l1_offset, refcount_offset, refcount_clusters, snapshots, _,
+    ) = _VERSION_2.unpack_from(head)  # fmt: skip
     if magic != _MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
         return None
     extended = False
@@ -93,10 +96,13 @@ def _mapped(fd: int) -> Optional[Mapped]:
         return None
     if l1_offset > status.st_size:
         return None
+    # Of one that is damaged, qemu-img tells.
+    if not _has_refcounts(fd, status.st_size, cluster_size, refcount_offset, refcount_clusters):
+        return None
     l1_table = _offsets(os.pread(fd, tables * _ENTRY, l1_offset), tables, _ENTRY)
     if l1_table is None:
         return None
-    end = max(l1_table) + cluster_size
+    end, last = max(l1_table) + cluster_size, 0
     left = clusters * entry
     for table in l1_table:
         for position in range(0, min(cluster_size, left), _A_READ):
@@ -104,9 +110,37 @@ def _mapped(fd: int) -> Optional[Mapped]:
             offsets = _offsets(os.pread(fd, length, table + position), length // entry, entry)
             if offsets is None:
                 return None
-            end = max(end, max(offsets) + cluster_size)
+            # As they are made. What a guest has allocated in another order is for
+            # qemu-img, which finds a place that two clusters have.
+            if offsets[0] < last or not _ascend(offsets):
+                return None
+            last = offsets[-1] + cluster_size
         left -= cluster_size
+    end = max(end, last)
+    if end > status.st_size:
+        return None
     return Mapped(size, cluster_size, clusters, extended, end)
+
+
+def _ascend(offsets: array.array[int]) -> bool:
+    """Whether each is greater than the one before it."""
+    return all(map(operator.lt, offsets, itertools.islice(offsets, 1, None)))
+
+
+def _has_refcounts(fd: int, file_size: int, cluster_size: int, offset: int, clusters: int) -> bool:
+    """Whether the refcount table is in the file, and names as many blocks in it as that has to have at the least."""
+    # A block has the most refcounts where each has but a bit.
+    least = max(1, file_size // (cluster_size * cluster_size * 8))
+    if not offset or offset % cluster_size or offset + clusters * cluster_size > file_size:
+        return False
+    if least * _ENTRY > clusters * cluster_size:
+        return False
+    blocks = array.array("Q", os.pread(fd, least * _ENTRY, offset))
+    if sys.byteorder == "little":
+        blocks.byteswap()
+    return len(blocks) == least and all(
+        block and not block % cluster_size and block + cluster_size <= file_size for block in blocks
+    )
 
 
 def _offsets(entries: bytes, count: int, entry: int) -> Optional[array.array[int]]:

@@ -102,12 +102,12 @@ def run(
         except Exception as exc:
             # Not before the program has ended.
             raised.append(exc)
-        if copied is not None:
-            # Whoever is told may raise, and thereby end it.
-            progress.tell(0, copied)
-        while copied is not None and process.poll() is None:
-            progress.tell_printed(printed.stdout_so_far, copied)
-            time.sleep(_BETWEEN_LOOKS)
+        try:
+            _tell(process, printed, copied)
+        except Exception as exc:
+            # Whoever is told may end it.
+            _end(process)
+            raised.append(exc)
 
     # util-linux' prlimit, because oslo.concurrency's is a Python, which takes
     # longer to start than most looks at a disk.
@@ -142,6 +142,16 @@ def run(
             progress.tell(copied, copied)
         # Nothing comes through a pipe from a program that is really run.
         return str(piped) + printed.stdout
+
+
+def _tell(process: subprocess.Popen[bytes], printed: _Printed, copied: int | None) -> None:
+    """Say how far a program has come, until it ends; nothing where it copies nothing."""
+    if copied is None:
+        return
+    progress.tell(0, copied)
+    while process.poll() is None:
+        progress.tell_printed(printed.stdout_so_far, copied)
+        time.sleep(_BETWEEN_LOOKS)
 
 
 class _Printed:

@@ -161,6 +161,7 @@ def claimed(path: str) -> Iterator[DiskFile]:
             file.refuse_replaced()
             yield file
         finally:
+            lock.give_up_exclusive(fd)
             os.close(fd)
 
 

@@ -111,10 +111,14 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     :raises: NoSpace, CommandFailed, OSError
     """
     if length <= AT_ONCE:
-        with open(name, "r+b") as file:
-            native_thread.run(_fallocate, file.fileno(), _KEEP_SIZE, start, length)
+        native_thread.run(_reserve, name, start, length)
         return
     command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length)
+
+
+def _reserve(name: str, start: int, length: int) -> None:
+    with open(name, "r+b") as file:
+        _fallocate(file.fileno(), _KEEP_SIZE, start, length)
 
 
 def gaps(name: str, start: int, end: int) -> list[Extent]:
@@ -179,13 +183,17 @@ def extents(name: str) -> Sequence[Extent] | None:
 
     :returns: None where the filesystem cannot tell (tmpfs, NFS)
     """
+    try:
+        return native_thread.run(_extents, name)
+    except OSError as exc:
+        if exc.errno in _NOT_SUPPORTED:
+            return None
+        raise
+
+
+def _extents(name: str) -> ExtentMap:
     with open(name, "rb") as file:
-        try:
-            return native_thread.run(_fiemap, file.fileno())
-        except OSError as exc:
-            if exc.errno in _NOT_SUPPORTED:
-                return None
-            raise
+        return _fiemap(file.fileno())
 
 
 def _fiemap(fd: int) -> ExtentMap:

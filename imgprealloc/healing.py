@@ -46,10 +46,11 @@ def preallocate_new(
 ) -> None:
     """Preallocate a disk that Nova has only just made, and no guest has seen.
 
-    :param turn: held while the disk is treated, and not while it is looked at
+    :param turn: held while the disk is treated
     :raises: PreallocationError
     """
-    looks.remember(strategy.preallocate(path, "just_made", format=format, turn=turn))
+    with turn:
+        looks.remember(strategy.preallocate(path, "just_made", format=format))
 
 
 def heal(
@@ -80,13 +81,17 @@ def heal(
             if known.state not in HELD and strategy.mode != "metadata":
                 log.warn_once("not ours", path, f"not preallocated: it is {known.state}, and not ours to write")
             return
-        try:
-            after = strategy.preallocate(path, existing, format=format, known=known, turn=turn)
-        except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
-            if existing == "reserve":
-                raise
-            log.warn_once("not replaced", path, f"not made anew: {exc}")
-            after = strategy.preallocate(path, "reserve", format=format, known=known, turn=turn)
+        if not strategy.has_work(path, existing, known, format=format):
+            return
+        # What was waited for may have taken long; the disk is opened afterwards.
+        with turn:
+            try:
+                after = strategy.preallocate(path, existing, format=format, known=known)
+            except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
+                if existing == "reserve":
+                    raise
+                log.warn_once("not replaced", path, f"not made anew: {exc}")
+                after = strategy.preallocate(path, "reserve", format=format, known=known)
         looks.remember(after)
     except exceptions.NoSpace as exc:
         if would_lack_space_in_stock_nova(path, stock_length):

@@ -118,6 +118,15 @@ def try_exclusive(fd: int) -> bool:
     return True
 
 
+def give_up_exclusive(fd: int) -> None:
+    """Let go of that lock, before the file is closed.
+
+    A process that another thread starts just then still has the file open
+    until it becomes another program, and the lock with it.
+    """
+    _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _OURS)
+
+
 @contextlib.contextmanager
 def sole_opener(path: str, fd: int) -> Iterator[Callable[[], None]]:
     """Let whoever wants to open a file wait until the block ends, as far as the kernel can tell of them.

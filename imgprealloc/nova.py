@@ -177,16 +177,16 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         """
         super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
         if is_on() and block_migration:
-            # Not in a pool of Nova's, for which nova-compute waits when it stops.
-            thread = threading.Thread(
-                target=self._heal_arrived, args=(instance, block_device_info), name=BACKGROUND, daemon=True
-            )
             with _told(instance):
-                thread.start()
+                strategy = healing.without_zeros(_strategy(instance))
+                # Not in a pool of Nova's, for which nova-compute waits when it stops.
+                threading.Thread(
+                    target=self._heal_arrived, args=(strategy, instance, block_device_info), name=BACKGROUND,
+                    daemon=True,
+                ).start()  # fmt: skip
 
-    def _heal_arrived(self, instance: Any, block_device_info: Any) -> None:
+    def _heal_arrived(self, strategy: Preallocator, instance: Any, block_device_info: Any) -> None:
         with _told(instance):
-            strategy = healing.without_zeros(_strategy(instance))
             for info in self._get_instance_disk_info(instance, block_device_info):
                 if _is_instance_disk(info["path"]):
                     healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
@@ -231,6 +231,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         path, format = device.source_path, device.driver_format
         if (
             path is not None
+            and format is not None
             and not _was_looked_after(path)
             and is_started
             and os.path.dirname(path) == folder
@@ -282,7 +283,7 @@ def _preallocator(instance: Any) -> Preallocator:
 
 
 def _strategy(instance: Any) -> Preallocator:
-    """Return the same, but without zeros for disks that QEMU's mirror is about to overwrite."""
+    """Return an instance's strategy for disks that are made now, to which QEMU's mirror may be about to write."""
     strategy = _preallocator(instance)
     if getattr(instance, "uuid", None) not in _expected:
         return strategy

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from typing import Any, Optional
+from typing import Optional
 
 from oslo_log import log as logging
 
@@ -57,8 +57,10 @@ class Preallocator(Settings):
         "metadata" only maps the clusters and holds nothing
     :param on_unsupported: instead of mode falloc, where the filesystem has no
         fallocate: "metadata", "full" or "error"
+    :param overlay_subclusters: what of an overlay is allocated before its guest
+        writes: "unallocated", "allocated" (beyond the base) or "copied" (all)
     :param overlay_cluster_size: bytes, for overlays that are made anew
-    :raises: ValueError for a mode, a fallback or a cluster size there is not
+    :raises: ValueError for a value that is not one of a setting's
     """
 
     def with_mode(self, mode: Mode) -> Preallocator:
@@ -84,6 +86,23 @@ class Preallocator(Settings):
         with os_errors.translated(path), disk_file.place(path) as place:
             return self._promise(place).holds_space
 
+    def has_work(
+        self, path: str | os.PathLike[str], existing: Existing, known: DiskImage, *, format: Optional[str] = None
+    ) -> bool:
+        """Whether preallocate() would do anything to a disk; for whoever has others wait while it does.
+
+        :param known: the disk as a look before has found it
+        :raises: UnsupportedFilesystem, and what inspect() raises
+        """
+        path = os.fspath(path)
+        with os_errors.translated(path), disk_file.opened(path) as file:
+            word = record.word(file, format)
+            strategy = self._format(file, word)
+            before = known if known.stamp == file.stamp() else strategy.read(file)
+            if strategy.is_done(before, self.mode):
+                return False
+            return _chosen(strategy, word, file, before, self._promise(file), existing) is not None
+
     def create(
         self,
         path: str | os.PathLike[str],
@@ -106,7 +125,7 @@ class Preallocator(Settings):
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), progresses.told_to(progress), disk_file.place(path) as place:
+        with progresses.told_to(progress), os_errors.translated(path), disk_file.place(path) as place:
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
             if place.stat() is not None:
@@ -122,7 +141,6 @@ class Preallocator(Settings):
         *,
         format: Optional[str] = None,
         known: Optional[DiskImage] = None,
-        turn: Optional[contextlib.AbstractContextManager[Any]] = None,
         progress: Optional[Progress] = None,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
@@ -133,16 +151,14 @@ class Preallocator(Settings):
         :param existing: what may happen to it; see format.Existing
         :param known: the disk as a look before has found it; believed where the
             file has not changed since, but not for replacing it
-        :param turn: entered only once there is something to do, and held while
-            that is done
-        :param progress: told how far data is copied, where it is; what it raises
-            ends the call, and the disk is as it was
+        :param progress: told how far data is copied, where it is, one copy after
+            the other; what it raises ends the call, and the disk is as it was
         :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
             what inspect() raises
         """
         path = os.fspath(path)
         started = time.monotonic()
-        with os_errors.translated(path), progresses.told_to(progress), disk_file.claimed(path) as file:
+        with progresses.told_to(progress), os_errors.translated(path), disk_file.claimed(path) as file:
             word = record.word(file, format)
             strategy = self._format(file, word)
             replacement.remove_leftovers(file)
@@ -150,8 +166,7 @@ class Preallocator(Settings):
                 promise = self._promise(file)
                 treatment = strategy.treatment_by_header(file, promise)
                 if treatment is not None:
-                    with turn or contextlib.nullcontext():
-                        return _logged(treatment.apply(), promise, "blank", started)
+                    return _logged(treatment.apply(), promise, "blank", started)
             before = known if known is not None and known.stamp == file.stamp() else strategy.read(file)
             if strategy.is_done(before, self.mode):
                 LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
@@ -160,14 +175,12 @@ class Preallocator(Settings):
             treatment = _chosen(strategy, word, file, before, promise, existing)
             if treatment is None:
                 return before
-            with turn or contextlib.nullcontext():
-                has_changed = turn is not None and file.stamp() != before.stamp
-                if has_changed or (treatment.replaces and before is known):
-                    before = strategy.read(file)
-                    treatment = _chosen(strategy, word, file, before, promise, existing)
-                    if treatment is None:
-                        return before
-                return _logged(treatment.apply(), promise, before.state, started)
+            if treatment.replaces and before is known:
+                before = strategy.read(file)
+                treatment = _chosen(strategy, word, file, before, promise, existing)
+                if treatment is None:
+                    return before
+            return _logged(treatment.apply(), promise, before.state, started)
 
     def resize(self, path: str | os.PathLike[str], size: int, *, format: Optional[str] = None) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.

@@ -19,12 +19,28 @@ _asked: contextvars.ContextVar[Optional[Progress]] = contextvars.ContextVar("pro
 _PERCENT = re.compile(rb"\((\d+\.\d+)/100%\)")
 
 
+class _Ended(Exception):
+    """What a caller has raised, who was told; none of our errors, and not to be taken for one.
+
+    :param cause: that
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 @contextlib.contextmanager
 def told_to(progress: Optional[Progress]) -> Iterator[None]:
-    """Tell a caller of all copying in the block; None where nobody asked."""
+    """Tell a caller of all copying in the block; None where nobody asked.
+
+    :raises: what they raise
+    """
     token = _asked.set(progress)
     try:
         yield
+    except _Ended as ended:
+        raise ended.cause from None
     finally:
         _asked.reset(token)
 
@@ -37,8 +53,11 @@ def is_asked_for() -> bool:
 def tell(done: int, total: int) -> None:
     """Say how far it has come, in bytes."""
     progress = _asked.get()
-    if progress is not None:
-        progress(done, total)
+    try:
+        if progress is not None:
+            progress(done, total)
+    except Exception as exc:
+        raise _Ended(exc) from exc
 
 
 def tell_printed(printed: bytes, total: int) -> None:

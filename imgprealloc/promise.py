@@ -18,6 +18,8 @@ from imgprealloc.settings import OnUnsupported
 
 # Seconds, in which a filesystem that frees space has freed some.
 _PAUSE = 0.5
+# Seconds that it may go on; others wait meanwhile.
+_PATIENCE = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +93,10 @@ def require_space(place: Place, needed: int) -> None:
     :raises: NoSpace
     """
     available = filesystem.available(place.folder)
+    deadline = time.monotonic() + _PATIENCE
     while needed > available:
         before = available
-        if not filesystem.is_plain(place.folder_fd):
+        if not filesystem.is_plain(place.folder_fd) and time.monotonic() < deadline:
             # XFS and btrfs take their time to free what has been removed, and
             # what they answer meanwhile grows. A fallocate would wait for it.
             time.sleep(_PAUSE)

@@ -9,7 +9,9 @@ allocated. But every cluster, zeroed ones too, has its entry in an L2 table, so
 that a file without L2 tables reads like its backing file, everywhere.
 
 A guest may have written the header: what it says is believed of an image only
-once QEMU has opened it (qemu-img check). Layout: QEMU's docs/interop/qcow2.txt.
+once QEMU has opened it (qemu-img check), but where nothing is done to the disk for
+it (glance), or where Nova has made the disk just now. Layout: QEMU's
+docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations

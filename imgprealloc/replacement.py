@@ -206,6 +206,7 @@ def _claimed(place: Place, suffix: str, keep: Callable[[], bool] = lambda: False
                         os.unlink(name, dir_fd=place.folder_fd)
             return
         finally:
+            lock.give_up_exclusive(fd)
             os.close(fd)
 
 

@@ -274,18 +274,24 @@ class _Enough(Exception):
     """Raised by a caller who has changed their mind."""
 
 
-def test_caller_who_raises_ends_a_copy_and_keeps_the_disk(folder: pathlib.Path) -> None:
+@pytest.mark.parametrize("kind_of_error", [_Enough, BrokenPipeError, FileNotFoundError])
+@pytest.mark.parametrize("after", [0, 1])
+def test_caller_who_raises_ends_a_copy_and_keeps_the_disk(
+    folder: pathlib.Path, kind_of_error: type[Exception], after: int
+) -> None:
     base = images.random_file(folder / "base", 256 * MiB)
     disk = images.qcow2(folder / "disk", 300 * MiB, backing=base)
     images.qemu_io(disk, "write -P 1 0 1M")
     before = images.identity(disk)
 
     def enough(done: int, total: int) -> None:
-        if done < total:
-            raise _Enough
+        if done >= after:
+            raise kind_of_error
 
-    with pytest.raises(_Enough):
+    with pytest.raises(kind_of_error):
         Preallocator(overlay_subclusters="copied").preallocate(disk, "rewrite", format="qcow2", progress=enough)
 
     assert images.identity(disk) == before
     assert sorted(os.listdir(folder)) == ["base", "disk"]
+    # Nor does a program go on, which would have the disk open.
+    images.qemu_io(disk, "write -P 2 0 512")

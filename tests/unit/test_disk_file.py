@@ -310,3 +310,17 @@ def test_disk_that_its_guest_writes_to_meanwhile_can_be_claimed(disk: pathlib.Pa
 
     with fixtures.MockPatchObject(os, "fstat", written), disk_file.claimed(str(disk)) as file:
         assert file.name == disk.name
+
+
+def test_claim_ends_though_a_process_that_is_just_being_started_has_the_file_open(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "disk"
+    path.touch()
+    with disk_file.claimed(str(path)) as file:
+        # As after fork(2), and before execve(2).
+        inherited = os.dup(file.fd)
+
+    try:
+        with disk_file.claimed(str(path)):
+            pass
+    finally:
+        os.close(inherited)

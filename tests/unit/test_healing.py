@@ -71,6 +71,7 @@ def playing(outcome: Any = None, *, state: str = "preallocated", mode: str = "fa
     strategy: mock.Mock = mock.create_autospec(Preallocator, instance=True)
     strategy.mode = mode
     strategy.inspect.return_value = mock.Mock(state=state)
+    strategy.has_work.return_value = True
     strategy.preallocate.side_effect = outcome
     return strategy
 
@@ -87,8 +88,8 @@ def test_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Tu
 
     healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
 
-    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2", turn=turn)
-    assert turn.taken == 0
+    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2")
+    assert turn.taken == 1
 
 
 @pytest.mark.parametrize("kind", [exceptions.NoSpace, exceptions.ImageInUse, exceptions.UnsupportedFilesystem])
@@ -109,7 +110,17 @@ def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn
     healing.heal(strategy, disk, "raw", existing, turn)
 
     known = strategy.inspect.return_value
-    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known, turn=turn)
+    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known)
+    assert turn.taken == 1
+
+
+def test_disk_that_needs_nothing_waits_for_nobody(disk: str, turn: Turn) -> None:
+    strategy = playing()
+    strategy.has_work.return_value = False
+
+    healing.heal(strategy, disk, "raw", "rewrite", turn)
+
+    strategy.preallocate.assert_not_called()
     assert turn.taken == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import logging
 import os
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
+from imgprealloc import healing
 from imgprealloc import looks
 from imgprealloc.fallocate import Extent
 
@@ -193,8 +195,12 @@ def test_turn_is_taken_only_for_a_disk_that_is_treated_and_before_that(
     host: Host, disk: dict[str, Any], existing: Existing, taken: int
 ) -> None:
     turn = Turn(host)
+    path = host.qcow2(**disk)
 
-    Preallocator().preallocate(host.qcow2(**disk), existing, format="qcow2", turn=turn)
+    if existing == "just_made":
+        healing.preallocate_new(Preallocator(), path, "qcow2", turn)
+    else:
+        healing.heal(Preallocator(), path, "qcow2", existing, turn)
 
     assert turn.before == [[]] * taken
 
@@ -241,7 +247,35 @@ def test_disk_that_changes_while_its_turn_is_waited_for_is_looked_at_again(host:
         host.disk(path).held = 4 * SIZE
         yield
 
-    image = Preallocator().preallocate(path, format="qcow2", turn=waiting())
+    healing.heal(Preallocator(), path, "qcow2", "reserve", waiting())
 
-    assert image.state == "preallocated"
     assert host.changes == []
+
+
+def test_disk_that_is_removed_while_its_turn_is_waited_for_gets_no_space(
+    host: Host, logged: Callable[[int], list[str]]
+) -> None:
+    path = host.qcow2(mapped=1.0, held=0)
+
+    @contextlib.contextmanager
+    def waiting() -> Any:
+        os.unlink(path)
+        yield
+
+    healing.heal(Preallocator(), path, "qcow2", "reserve", waiting())
+
+    assert host.changes == []
+    assert len(logged(logging.WARNING)) == 1
+
+
+def test_disk_is_free_for_others_while_its_turn_is_waited_for(host: Host) -> None:
+    path = host.qcow2(mapped=1.0, held=0)
+
+    @contextlib.contextmanager
+    def waiting() -> Any:
+        Preallocator().resize(path, 2 * SIZE, format="qcow2")
+        yield
+
+    healing.heal(Preallocator(), path, "qcow2", "reserve", waiting())
+
+    assert Preallocator().inspect(path, format="qcow2").state == "preallocated"

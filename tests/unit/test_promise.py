@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import errno
+import itertools
 import logging
 import os
 from typing import Any, get_args
@@ -152,6 +153,17 @@ def test_filesystem_that_is_still_freeing_space_is_waited_for(
         contextlib.nullcontext() if fits else pytest.raises(exceptions.NoSpace),
     ):
         require_space(host.path(), 1000)
+
+
+def test_filesystem_that_frees_space_without_end_is_not_waited_for_as_long(host: Host) -> None:
+    grows = itertools.count(1)
+    with (
+        fixtures.MockPatchObject(promise, "_PATIENCE", 0),
+        fixtures.MockPatchObject(filesystem, "available", lambda directory: next(grows)),
+        fixtures.MockPatchObject(filesystem, "is_plain", lambda fd: False),
+        pytest.raises(exceptions.NoSpace),
+    ):
+        require_space(host.path(), 10**9)
 
 
 def test_what_does_not_fit_is_refused_in_the_words_of_a_failed_program(host: Host) -> None:
