@@ -75,8 +75,8 @@ Among these are NFS before 4.2, ext2, ext3, and ZFS.
                 "unallocated": "Nothing: the base image shows through. A first write to a place updates the cluster "
                 "map. Snapshots and block migrations copy what the guest has written, as with stock Nova.",
                 "allocated": "What lies beyond the base image's end. First writes there are as fast as on raw. Live "
-                "and cold snapshots and block migrations copy all of that, written or not, and need the space for it. In "
-                "mode metadata as unallocated.",
+                "and cold snapshots and block migrations copy all of that, written or not, and need the space for it. "
+                "In mode metadata as unallocated.",
                 "copied": "Everything: the base image's data is copied into the disk as it is made. First writes are "
                 "as fast as on raw everywhere. A build takes as long as that copy, and snapshots and block migrations "
                 "copy the whole disk.",
