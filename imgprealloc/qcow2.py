@@ -191,7 +191,10 @@ class Qcow2(format.Format):
     def _recreation(
         self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise, *, just_made: bool = False
     ) -> Treatment:
-        place_for = functools.partial(replacement.replacing, file, stamp, durably=not just_made)
+        # What a guest flushes of a file that was only allocated takes the file's
+        # name with it, in the filesystem's journal; of one that is written, it may not.
+        durably = promise.mode == "full" or not just_made
+        place_for = functools.partial(replacement.replacing, file, stamp, durably=durably)
         # As QEMU sees it, in whole sectors.
         blank = dataclasses.replace(blank, virtual_size=blank.virtual_size // reading.SECTOR * reading.SECTOR)
         return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise, quickly=just_made))

@@ -987,6 +987,30 @@ def test_only_a_disk_that_was_just_made_is_taken_for_empty_by_its_header(host: H
     assert host.changes[0] == "create"
 
 
+@pytest.mark.parametrize(
+    ("mode", "existing", "synced"),
+    [
+        # As stock Nova leaves it.
+        ("falloc", "just_made", 0),
+        ("metadata", "just_made", 0),
+        ("full", "just_made", 1),
+        ("falloc", "recreate_blank", 1),
+    ],
+)
+def test_disk_that_was_just_made_waits_for_the_storage_only_where_it_is_written(
+    host: Host, mode: Mode, existing: Existing, synced: int
+) -> None:
+    in_format.qcow2(mode).preallocate(host.overlay(), existing)
+
+    assert len(host.run("sync")) == synced
+
+
+def test_disk_that_was_just_made_is_checked_where_a_glance_does_not_tell(host: Host) -> None:
+    in_format.qcow2().preallocate(host.overlay(), "just_made")
+
+    assert len(host.run("check")) == 1
+
+
 def test_disk_that_was_just_made_and_has_data_is_rewritten(host: Host) -> None:
     assert in_format.qcow2().preallocate(host.overlay(mapped=0.5), "just_made").state == "preallocated"
     assert host.changes[0] == "convert"
