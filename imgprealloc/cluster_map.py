@@ -14,23 +14,15 @@ import dataclasses
 import itertools
 import operator
 import os
-import struct
 import sys
 from typing import Optional
 
 from oslo_utils import units
 
 from imgprealloc import native_thread
+from imgprealloc import qcow2_header
 
-_MAGIC = b"QFI\xfb"
-
-# magic, version, backing file's offset and length, cluster bits, size,
-# encryption, L1 entries and offset, refcount table's offset and clusters,
-# snapshots and their offset
-_VERSION_2 = struct.Struct(">4sIQIIQIIQQIIQ")
-# incompatible and autoclear features
-_FEATURES = struct.Struct(">Q8xQ")
-
+# Its one feature that leaves the tables plain.
 _SUBCLUSTERS = 1 << 4
 
 # A table's entry: in its first byte COPIED, which says that the cluster is in
@@ -69,37 +61,27 @@ def mapped(fd: int) -> Optional[Mapped]:
 
 def _mapped(fd: int) -> Optional[Mapped]:
     status = os.fstat(fd)
-    head = os.pread(fd, _VERSION_2.size + _FEATURES.size, 0)
-    if len(head) < _VERSION_2.size + _FEATURES.size:
+    header = qcow2_header.look(fd)
+    if header is None or header.version > 3 or not header.has_cluster_size:
         return None
-    (
-        magic, version, _, _, cluster_bits, size, encryption,
-        l1_entries, l1_offset, refcount_offset, refcount_clusters, snapshots, _,
-    ) = _VERSION_2.unpack_from(head)  # fmt: skip
-    if magic != _MAGIC or version not in (2, 3) or encryption or snapshots or not 9 <= cluster_bits <= 21:
+    if header.encrypted or header.snapshots or header.incompatible & ~_SUBCLUSTERS or header.autoclear:
         return None
-    extended = False
-    if version == 3:
-        incompatible, autoclear = _FEATURES.unpack_from(head, _VERSION_2.size)
-        if incompatible & ~_SUBCLUSTERS or autoclear:
-            return None
-        extended = bool(incompatible)
+    size, cluster_size = header.virtual_size, header.cluster_size
     # Each cluster has to be in the file, whose space is really there: with that,
     # there is no more to read than a file of this size can have.
     if not size or size > status.st_size or status.st_blocks * 512 < status.st_size:
         return None
-    cluster_size = 1 << cluster_bits
-    entry = _ENTRY_WITH_SUBCLUSTERS if extended else _ENTRY
+    entry = _ENTRY_WITH_SUBCLUSTERS if header.extended_l2 else _ENTRY
     clusters = -(-size // cluster_size)
     tables = -(-clusters // (cluster_size // entry))
-    if clusters * entry > _MOST_TABLES or tables > l1_entries:
+    if clusters * entry > _MOST_TABLES or tables > header.l1_entries:
         return None
-    if l1_offset > status.st_size:
+    if header.l1_offset > status.st_size:
         return None
     # Of one that is damaged, qemu-img tells.
-    if not _has_refcounts(fd, status.st_size, cluster_size, refcount_offset, refcount_clusters):
+    if not _has_refcounts(fd, status.st_size, header):
         return None
-    l1_table = _offsets(os.pread(fd, tables * _ENTRY, l1_offset), tables, _ENTRY)
+    l1_table = _offsets(os.pread(fd, tables * _ENTRY, header.l1_offset), tables, _ENTRY)
     if l1_table is None:
         return None
     end, last = max(l1_table) + cluster_size, 0
@@ -119,7 +101,7 @@ def _mapped(fd: int) -> Optional[Mapped]:
     end = max(end, last)
     if end > status.st_size:
         return None
-    return Mapped(size, cluster_size, clusters, extended, end)
+    return Mapped(size, cluster_size, clusters, header.extended_l2, end)
 
 
 def _ascend(offsets: array.array[int]) -> bool:
@@ -127,8 +109,9 @@ def _ascend(offsets: array.array[int]) -> bool:
     return all(map(operator.lt, offsets, itertools.islice(offsets, 1, None)))
 
 
-def _has_refcounts(fd: int, file_size: int, cluster_size: int, offset: int, clusters: int) -> bool:
+def _has_refcounts(fd: int, file_size: int, header: qcow2_header.Header) -> bool:
     """Whether the refcount table is in the file, and names as many blocks in it as that has to have at the least."""
+    cluster_size, offset, clusters = header.cluster_size, header.refcount_table_offset, header.refcount_table_clusters
     # A block has the most refcounts where each has but a bit.
     least = max(1, file_size // (cluster_size * cluster_size * 8))
     if not offset or offset % cluster_size or offset + clusters * cluster_size > file_size:

@@ -85,6 +85,8 @@ class Header:
     encryption: int
     l1_entries: int
     l1_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
     snapshots: int
     incompatible: int
     autoclear: int
@@ -159,7 +161,7 @@ def read(path: str, fd: int) -> Header:
     :param path: for the error's text
     :raises: FormatMismatch, BrokenImage where QEMU knows no such clusters
     """
-    header = _read(fd)
+    header = look(fd)
     if header is None:
         raise _mismatch(path)
     if not header.has_cluster_size:
@@ -182,7 +184,7 @@ def blank(file: str | int) -> Blank | None:
     :param file: its name, or its descriptor
     """
     with _opened(file) as fd:
-        header = _read(fd)
+        header = look(fd)
         if header is None or header.version > 3 or not header.has_cluster_size:
             return None
         if header.encrypted or header.snapshots or header.incompatible & ~_SUBCLUSTERS or header.autoclear:
@@ -208,21 +210,21 @@ def backing(file: str | int) -> tuple[str | None, str | None]:
     :param file: the name, or the descriptor, of a file that may be qcow2
     """
     with _opened(file) as fd:
-        header = _read(fd)
+        header = look(fd)
     return (None, None) if header is None else (header.backing_file, header.backing_format)
 
 
 def has_lost_bitmaps(file: str | int) -> bool:
     """Whether a qcow2 header says that it has bitmaps, and does not say where."""
     with _opened(file) as fd:
-        header = _read(fd)
+        header = look(fd)
     return header is not None and header.has_lost_bitmaps
 
 
 def can_zero_clusters(file: str | int) -> bool:
     """Whether the format has a mark for a cluster that reads as zeros: since version 3 (compat=1.1)."""
     with _opened(file) as fd:
-        header = _read(fd)
+        header = look(fd)
     return header is not None and header.version >= 3
 
 
@@ -266,14 +268,14 @@ def _is_qcow2(head: bytes) -> bool:
     return len(head) >= _VERSION_2.size and head.startswith(MAGIC) and int(_VERSION_2.unpack_from(head)[1]) > 1
 
 
-def _read(fd: int) -> Header | None:
+def look(fd: int) -> Header | None:
     """Read a header as it stands, whatever it says; None for a file that does not begin with one."""
     head = os.pread(fd, _USUAL_HEADER, 0)
     if not _is_qcow2(head):
         return None
     (
         _, version, backing_offset, backing_length, cluster_bits, size, encryption,
-        l1_entries, l1_offset, _, _, snapshots, _,
+        l1_entries, l1_offset, refcount_table_offset, refcount_table_clusters, snapshots, _,
     ) = _VERSION_2.unpack_from(head)  # fmt: skip
     incompatible, autoclear, refcount_order, length = 0, 0, _REFCOUNT_ORDER, _VERSION_2.size
     if version >= 3:
@@ -295,6 +297,8 @@ def _read(fd: int) -> Header | None:
         encryption=encryption,
         l1_entries=l1_entries,
         l1_offset=l1_offset,
+        refcount_table_offset=refcount_table_offset,
+        refcount_table_clusters=refcount_table_clusters,
         snapshots=snapshots,
         incompatible=incompatible,
         autoclear=autoclear,

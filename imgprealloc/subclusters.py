@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import struct
 
-_GEOMETRY = struct.Struct(">20xIQ4xIQ")
+from imgprealloc import qcow2_header
+
 _L1_ENTRY = struct.Struct(">Q")
 # The cluster, the subclusters that read as zeros, and those that are allocated.
 _L2_ENTRY = struct.Struct(">QII")
@@ -30,19 +31,21 @@ def mostly_allocated(fd: int, start: int, end: int) -> bool:
     :param start: bytes, in the guest's disk
     :param end: bytes; a cluster that only begins before it does not count
     """
-    cluster_bits, _, l1_entries, l1_offset = _GEOMETRY.unpack(os.pread(fd, _GEOMETRY.size, 0))
-    first, last = -(-start >> cluster_bits), end >> cluster_bits
+    header = qcow2_header.look(fd)
+    if header is None:
+        return False
+    first, last = -(-start // header.cluster_size), end // header.cluster_size
     if first >= last:
         return False
     step = max(1, (last - first) // _SAMPLES)
     clusters = range(first, last, step)
-    entries_a_table = (1 << cluster_bits) // _L2_ENTRY.size
+    entries_a_table = header.cluster_size // _L2_ENTRY.size
     allocated = 0
     for cluster in clusters:
         index, entry = divmod(cluster, entries_a_table)
-        if index >= l1_entries:
+        if index >= header.l1_entries:
             break
-        table = _entry(fd, _L1_ENTRY, l1_offset + index * _L1_ENTRY.size)[0] & _OFFSET
+        table = _entry(fd, _L1_ENTRY, header.l1_offset + index * _L1_ENTRY.size)[0] & _OFFSET
         if table:
             allocated += _entry(fd, _L2_ENTRY, table + entry * _L2_ENTRY.size)[2] == _ALL
     return 2 * allocated > len(clusters)
