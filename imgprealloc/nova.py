@@ -239,7 +239,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
             and record.agrees(path, format)
         ):
             strategy = healing.without_zeros(_strategy(instance))
-            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore)
+            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore, at_once=True)
 
 
 def _note_looked_after(path: str) -> None:

@@ -70,7 +70,7 @@ def playing(outcome: Any = None, *, state: str = "preallocated", mode: str = "fa
     """Return a strategy that answers so."""
     strategy: mock.Mock = mock.create_autospec(Preallocator, instance=True)
     strategy.mode = mode
-    strategy.inspect.return_value = mock.Mock(state=state)
+    strategy.inspect.return_value = mock.Mock(state=state, shared_bytes=0)
     strategy.has_work.return_value = True
     strategy.preallocate.side_effect = outcome
     return strategy
@@ -112,6 +112,18 @@ def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn
     known = strategy.inspect.return_value
     strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known)
     assert turn.taken == 1
+
+
+@pytest.mark.parametrize(("shared", "at_once", "calls"), [(0, True, 1), (4096, True, 0), (4096, False, 1)])
+def test_what_would_have_to_be_copied_is_left_where_stock_nova_does_nothing(
+    disk: str, turn: Turn, shared: int, at_once: bool, calls: int
+) -> None:
+    strategy = playing()
+    strategy.inspect.return_value.shared_bytes = shared
+
+    healing.heal(strategy, disk, "raw", "reserve", turn, at_once=at_once)
+
+    assert strategy.preallocate.call_count == calls
 
 
 def test_disk_that_needs_nothing_waits_for_nobody(disk: str, turn: Turn) -> None:
