@@ -96,6 +96,8 @@ class Preallocator(Settings):
         """
         path = os.fspath(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
+            if replacement.leftovers(file):
+                return True
             word = record.word(file, format)
             strategy = self._format(file, word)
             before = known if known.stamp == file.stamp() else strategy.read(file)

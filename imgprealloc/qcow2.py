@@ -18,6 +18,7 @@ from imgprealloc import log
 from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
 from imgprealloc import reading
+from imgprealloc import refcounts
 from imgprealloc import replacement
 from imgprealloc import subclusters
 from imgprealloc.disk_file import DiskFile
@@ -122,12 +123,7 @@ class Qcow2(format.Format):
             )
         if promise.mode != "metadata":
             require_space(file, size - image.virtual_size)
-        if image.has_stray_bytes:
-            # Left by a growth that was cut short; qemu-img would stumble over
-            # it. The format is no guess, or nothing would be grown.
-            with lock.no_writer(file.path, file.fd):
-                file.refuse_changed(image.stamp)
-                os.truncate(file.fd, _round_up(image.image_end, image.cluster_size or 1))
+        self._clear_end(file, image)
         file_size = os.fstat(file.fd).st_size
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         # In mode metadata QEMU maps clusters that were freed before, and shows
@@ -150,6 +146,28 @@ class Qcow2(format.Format):
         if image.state == "reserved" and promise.holds_space:
             grown = self.read(file)
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
+
+    @staticmethod
+    def _clear_end(file: DiskFile, image: DiskImage) -> None:
+        """Remove what a growth that was cut short has left at the end, over which qemu-img would stumble.
+
+        The format is no guess, or nothing would be grown.
+        """
+        beyond = refcounts.end_beyond(file.fd, image.file_size)
+        if not beyond and not image.has_stray_bytes:
+            return
+        image_end = image.image_end
+        with lock.no_writer(file.path, file.fd):
+            file.refuse_changed(image.stamp)
+            if beyond:
+                # For qemu-img to see that nothing is in these clusters.
+                os.truncate(file.fd, beyond)
+        if beyond:
+            qemu_img.repair(file.path, file.program_name)
+            check = qemu_img.check(file.path, file.program_name, "qcow2")
+            image_end = qemu_img.number(file.path, check, "image-end-offset")
+        with lock.no_writer(file.path, file.fd):
+            os.truncate(file.fd, _round_up(image_end, image.cluster_size or 1))
 
     @staticmethod
     def _has_allocated_subclusters(file: DiskFile, image: DiskImage) -> bool:
@@ -229,10 +247,8 @@ class Qcow2(format.Format):
         self, place: Place, new: NewFile, base: _Base, size: int, options: dict[str, str], promise: Promise
     ) -> None:
         kind = self._subclusters(promise)
-        if kind == "unallocated":
-            first_size = min(size, self.settings.overlay_cluster_size)
-        else:
-            first_size = self._size_over(base, size)
+        # From anything but nothing, growing would leave a gap of a cluster.
+        first_size = 0 if kind == "unallocated" else self._size_over(base, size)
         if kind == "copied" and base.size:
             copied_size = min(size, base.size)
             qemu_img.copy_in(new.path, base.path, base.format, new.program_name, copied_size, options)

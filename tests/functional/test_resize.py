@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import os
 import pathlib
+import struct
 
 import images
 import pytest
@@ -467,3 +468,38 @@ def test_grown_part_does_not_show_it_either_where_the_filesystem_cannot_hold_spa
     assert Preallocator().resize(path, 9 * MiB, format="qcow2").state == "mapped"
 
     images.qemu_io(path, "read -P 0 8M 1M")
+
+
+def count_beyond_the_end(path: pathlib.Path) -> None:
+    """Count a cluster beyond the file's end as in use, as a growth does that is killed."""
+    with open(path, "r+b") as file:
+        header = file.read(112)
+        (table,) = struct.unpack_from(">Q", header, 48)
+        (block,) = struct.unpack(">Q", os.pread(file.fileno(), 8, table))
+        cluster = -(-os.fstat(file.fileno()).st_size // (64 * KiB)) + 2
+        os.pwrite(file.fileno(), b"\0\1", block + 2 * cluster)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_disk_whose_growth_was_killed_can_be_grown(folder: pathlib.Path, mode: Mode) -> None:
+    base = images.random_file(folder / "base", 8 * MiB)
+    disk, plain = (images.qcow2(folder / name, 16 * MiB, backing=base) for name in ("disk", "plain"))
+    for either in (disk, plain):
+        images.qemu_io(either, "write -P 0x5a 3M 1M")
+    count_beyond_the_end(disk)
+    assert not images.check(disk).get("leaks")
+
+    image = Preallocator(mode).resize(disk, 32 * MiB, format="qcow2")
+
+    grow_plainly(plain, 32 * MiB)
+    assert (image.virtual_size, images.differences(disk, plain)) == (32 * MiB, "")
+    assert not images.check(disk).get("leaks")
+
+
+def test_qemu_img_aborts_over_such_a_disk(folder: pathlib.Path) -> None:
+    # The control.
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    count_beyond_the_end(disk)
+
+    with pytest.raises(AssertionError, match="ended with -6"):
+        images.run("qemu-img", "resize", "-q", "-f", "qcow2", "--preallocation=falloc", disk, 32 * MiB)

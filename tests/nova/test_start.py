@@ -191,7 +191,7 @@ def test_fault_of_ours_keeps_no_guest_from_starting(
     def fault(*_: Any, **__: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(imgprealloc.Preallocator, "preallocate", fault)
+    monkeypatch.setattr(imgprealloc.Preallocator, "has_work", fault)
     monkeypatch.setattr(imgprealloc.Preallocator, "inspect", fault)
     node.start(instance)
 
