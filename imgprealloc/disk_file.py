@@ -150,7 +150,7 @@ def claimed(path: str) -> Iterator[DiskFile]:
                 raise
             fd = _open(path, name, folder_fd, os.O_RDONLY)
         else:
-            if not lock.try_exclusive(fd):
+            if not _try_exclusive(fd):
                 os.close(fd)
                 raise exceptions.ImageInUse(
                     path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
@@ -163,6 +163,15 @@ def claimed(path: str) -> Iterator[DiskFile]:
         finally:
             lock.give_up_exclusive(fd)
             os.close(fd)
+
+
+def _try_exclusive(fd: int) -> bool:
+    # One that was killed has it until also a process is gone that it was just starting.
+    for _ in range(_ATTEMPTS):
+        if lock.try_exclusive(fd):
+            return True
+        time.sleep(_PAUSE)
+    return lock.try_exclusive(fd)
 
 
 @contextlib.contextmanager

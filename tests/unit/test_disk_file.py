@@ -324,3 +324,13 @@ def test_claim_ends_though_a_process_that_is_just_being_started_has_the_file_ope
             pass
     finally:
         os.close(inherited)
+
+
+def test_claim_of_a_process_that_is_just_ending_is_waited_for(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "disk"
+    path.touch()
+    other = os.open(path, os.O_RDWR)
+    assert lock.try_exclusive(other)
+
+    with fixtures.MockPatchObject(time, "sleep", lambda seconds: os.close(other)), disk_file.claimed(str(path)):
+        pass
