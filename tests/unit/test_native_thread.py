@@ -95,3 +95,16 @@ def test_eventlet_that_has_patched_nothing_is_not_used() -> None:
     path = os.pathsep.join([str(pathlib.Path(imgprealloc.__file__ or "").parents[1]), *sys.path])
 
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def test_forked_process_waits_for_no_thread_that_it_does_not_have() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('ignore'); import eventlet; eventlet.monkey_patch();"
+        "import os; from imgprealloc import native_thread; native_thread.run(os.getpid); pid = os.fork();"
+        "pid or os._exit(native_thread.run(os.getpid) != os.getpid());"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    pytest.importorskip("eventlet")
+    path = os.pathsep.join([str(pathlib.Path(imgprealloc.__file__ or "").parents[1]), *sys.path])
+
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=60)
