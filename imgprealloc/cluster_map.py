@@ -22,9 +22,6 @@ from oslo_utils import units
 from imgprealloc import native_thread
 from imgprealloc import qcow2_header
 
-# Its one feature that leaves the tables plain.
-_SUBCLUSTERS = 1 << 4
-
 # A table's entry: in its first byte COPIED, which says that the cluster is in
 # use by it alone, and nothing else; its last byte has the mark of a cluster
 # that reads as zeros. Between them is the offset, a multiple of 512.
@@ -62,9 +59,7 @@ def mapped(fd: int) -> Optional[Mapped]:
 def _mapped(fd: int) -> Optional[Mapped]:
     status = os.fstat(fd)
     header = qcow2_header.look(fd)
-    if header is None or header.version > 3 or not header.has_cluster_size:
-        return None
-    if header.encrypted or header.snapshots or header.incompatible & ~_SUBCLUSTERS or header.autoclear:
+    if header is None or not header.is_plain:
         return None
     size, cluster_size = header.virtual_size, header.cluster_size
     # Each cluster has to be in the file, whose space is really there: with that,
@@ -110,7 +105,7 @@ def _ascend(offsets: array.array[int]) -> bool:
 
 
 def _has_refcounts(fd: int, file_size: int, header: qcow2_header.Header) -> bool:
-    """Whether the refcount table is in the file, and names as many blocks in it as that has to have at the least."""
+    """Whether the refcount table is in the file, and so are the blocks that a file of this size has at the least."""
     cluster_size, offset, clusters = header.cluster_size, header.refcount_table_offset, header.refcount_table_clusters
     # A block has the most refcounts where each has but a bit.
     least = max(1, file_size // (cluster_size * cluster_size * 8))

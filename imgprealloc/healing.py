@@ -62,7 +62,7 @@ def heal(
     *,
     stock_length: Optional[int] = None,
     greatest: Optional[int] = None,
-    at_once: bool = False,
+    copying: bool = True,
 ) -> None:
     """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
 
@@ -71,8 +71,8 @@ def heal(
     :param stock_length: bytes that stock Nova would have called fallocate for
     :param greatest: bytes that its virtual size cannot exceed, where its header
         may be its guest's, who could have the host's space set aside by it
-    :param at_once: whether a start waits for it in which stock Nova does
-        nothing; what would have to be copied is left then
+    :param copying: whether what it shares with other files may be copied, for
+        which a start may have to wait
     :raises: NoSpace where that would have failed, too
     """
     try:
@@ -84,7 +84,7 @@ def heal(
             if known.state not in HELD and strategy.mode != "metadata":
                 log.warn_once("not ours", path, f"not preallocated: it is {known.state}, and not ours to write")
             return
-        if at_once and known.shared_bytes:
+        if not copying and known.shared_bytes:
             LOG.debug("%s: what it shares with other files is left to its next hard reboot", path)
             return
         if not strategy.has_work(path, existing, known, format=format):

@@ -147,7 +147,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 continue
             record.believe(path)
             try:
-                healing.preallocate_new(_strategy(instance), path, format, compute_utils.disk_ops_semaphore)
+                healing.preallocate_new(_preallocator_now(instance), path, format, compute_utils.disk_ops_semaphore)
                 _note_looked_after(path)
             except exceptions.NoSpace:
                 raise
@@ -177,8 +177,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         """
         super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
         if is_on() and block_migration:
-            with _told(instance):
-                strategy = healing.without_zeros(_strategy(instance))
+            with _warning_of_faults(instance):
+                strategy = healing.without_zeros(_preallocator_now(instance))
                 # Not in a pool of Nova's, for which nova-compute waits when it stops.
                 threading.Thread(
                     target=self._heal_arrived, args=(strategy, instance, block_device_info), name=BACKGROUND,
@@ -186,7 +186,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 ).start()  # fmt: skip
 
     def _heal_arrived(self, strategy: Preallocator, instance: Any, block_device_info: Any) -> None:
-        with _told(instance):
+        with _warning_of_faults(instance):
             for info in self._get_instance_disk_info(instance, block_device_info):
                 if _is_instance_disk(info["path"]):
                     healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
@@ -206,13 +206,13 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         At the host's boot, unrescue, rescue, resume, and the revert of a resize.
         """
         if is_on():
-            with _told(instance):
+            with _warning_of_faults(instance):
                 _heal_described(xml, instance, is_started=power_on or pause)
         return super()._create_guest(context, xml, instance, power_on, pause, *args, **kwargs)
 
 
 @contextlib.contextmanager
-def _told(instance: Any) -> Iterator[None]:
+def _warning_of_faults(instance: Any) -> Iterator[None]:
     """Warn of what fails, whatever it is, in what Nova must not be kept from by us."""
     try:
         yield
@@ -229,17 +229,19 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         if not isinstance(device, vconfig.LibvirtConfigGuestDisk) or device.source_type != "file":
             continue
         path, format = device.source_path, device.driver_format
+        if path is None or format is None:
+            continue
+        # Asked in any case, because the note is for this one start.
+        was_looked_after = _was_looked_after(path)
         if (
-            path is not None
-            and format is not None
-            and not _was_looked_after(path)
-            and is_started
+            is_started
+            and not was_looked_after
             and os.path.dirname(path) == folder
             and _is_instance_disk(path)
             and record.agrees(path, format)
         ):
-            strategy = healing.without_zeros(_strategy(instance))
-            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore, at_once=True)
+            strategy = healing.without_zeros(_preallocator_now(instance))
+            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore, copying=False)
 
 
 def _note_looked_after(path: str) -> None:
@@ -282,7 +284,7 @@ def _preallocator(instance: Any) -> Preallocator:
     return opts.preallocator_from(CONF, chosen)
 
 
-def _strategy(instance: Any) -> Preallocator:
+def _preallocator_now(instance: Any) -> Preallocator:
     """Return an instance's strategy for disks that are made now, to which QEMU's mirror may be about to write."""
     strategy = _preallocator(instance)
     if getattr(instance, "uuid", None) not in _expected:
@@ -326,7 +328,7 @@ def _heal(
             existing = "reserve"
             greatest = stock_length
     healing.heal(
-        _strategy(instance),
+        _preallocator_now(instance),
         path,
         format,
         existing,
@@ -480,7 +482,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         return False
 
     def _preallocator(self) -> Preallocator:
-        return _strategy(self._instance)
+        return _preallocator_now(self._instance)
 
     def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
         """Describe the disk to libvirt, by what its space is really worth."""

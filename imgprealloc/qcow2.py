@@ -163,6 +163,7 @@ class Qcow2(format.Format):
                 # For qemu-img to see that nothing is in these clusters.
                 os.truncate(file.fd, beyond)
         if beyond:
+            # Which keeps others out by itself, and would be kept out by us.
             qemu_img.repair(file.path, file.program_name)
             check = qemu_img.check(file.path, file.program_name, "qcow2")
             image_end = qemu_img.number(file.path, check, "image-end-offset")

@@ -135,6 +135,12 @@ class Header:
         return bool(self.backing_offset) and (self.backing_length > _LONGEST_NAME or end > self.cluster_size)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether tables are all there is to it: no snapshots, bitmaps, encryption, data file, or mark of damage."""
+        is_known = self.version <= 3 and self.has_cluster_size and not self.incompatible & ~_SUBCLUSTERS
+        return is_known and not (self.encrypted or self.snapshots or self.autoclear)
+
+    @property
     def has_bitmaps(self) -> bool:
         """Whether it has bitmaps that are up to date."""
         return bool(self.autoclear & _BITMAPS)
@@ -185,9 +191,7 @@ def blank(file: str | int) -> Blank | None:
     """
     with _opened(file) as fd:
         header = look(fd)
-        if header is None or header.version > 3 or not header.has_cluster_size:
-            return None
-        if header.encrypted or header.snapshots or header.incompatible & ~_SUBCLUSTERS or header.autoclear:
+        if header is None or not header.is_plain:
             return None
         if header.is_name_misplaced or header.l1_entries * 8 > _GREATEST_L1:
             return None

@@ -158,7 +158,6 @@ def copy_tail(
 
 
 def _convert(path: str, size: int, *argv: str) -> None:
-    # It prints its progress in place of nothing.
     is_told = progress.is_asked_for()
     command.run(
         path, "qemu-img", "convert", "-p" if is_told else "-q", *argv,
@@ -202,8 +201,8 @@ def mark_zeros(
 ) -> None:
     """Mark stretches of a new qcow2 overlay as zeros; their clusters stay mapped.
 
-    By qemu-io, which comes with qemu-img: that always lets clusters go
-    (QEMU before 9.1), or writes the zeros.
+    By qemu-io, which comes with qemu-img: qemu-img itself either gives the
+    clusters back (QEMU before 9.1) or writes the zeros.
 
     :raises: CommandFailed also where one of them does not read as zeros; the
         overlay is worth nothing then

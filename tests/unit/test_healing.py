@@ -114,14 +114,14 @@ def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn
     assert turn.taken == 1
 
 
-@pytest.mark.parametrize(("shared", "at_once", "calls"), [(0, True, 1), (4096, True, 0), (4096, False, 1)])
+@pytest.mark.parametrize(("shared", "copying", "calls"), [(0, False, 1), (4096, False, 0), (4096, True, 1)])
 def test_what_would_have_to_be_copied_is_left_where_stock_nova_does_nothing(
-    disk: str, turn: Turn, shared: int, at_once: bool, calls: int
+    disk: str, turn: Turn, shared: int, copying: bool, calls: int
 ) -> None:
     strategy = playing()
     strategy.inspect.return_value.shared_bytes = shared
 
-    healing.heal(strategy, disk, "raw", "reserve", turn, at_once=at_once)
+    healing.heal(strategy, disk, "raw", "reserve", turn, copying=copying)
 
     assert strategy.preallocate.call_count == calls
 
