@@ -134,16 +134,10 @@ def table(found: Sequence[Growth]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ground.parser(__doc__, "up to 160 GiB, 50 disks and 100,000 extents")
-    ground.filesystems(parser)
-    args = parser.parse_args(arguments)
-    found = []
-    for kind in args.filesystem or ground.FILESYSTEMS:
-        found += measure(kind, SHORT if args.short else FULL)
-    print(table(found))
-    if args.json:
-        ground.save(args.json, costs=[dataclasses.asdict(growth) for growth in found])
-    return 0
+    return ground.run_part(
+        arguments, __doc__, "up to 160 GiB, 50 disks and 100,000 extents",
+        lambda kind, short: measure(kind, SHORT if short else FULL), table, "costs",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

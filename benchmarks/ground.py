@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -91,6 +94,30 @@ def parser(description: str | None, short: str) -> argparse.ArgumentParser:
 def filesystems(made: argparse.ArgumentParser) -> None:
     """Let a part be told where to measure."""
     made.add_argument("--filesystem", action="append", choices=FILESYSTEMS, help="default: all")
+
+
+def run_part(
+    arguments: Sequence[str],
+    description: str | None,
+    short: str,
+    measure: Callable[[str, bool], Sequence[Any]],
+    table: Callable[[Sequence[Any]], str],
+    name: str,
+) -> int:
+    """Measure a part of the suite on each filesystem that is asked for, print its table, and save what was found.
+
+    :param short: what the short form is
+    :param measure: given a filesystem's type, and whether the short form is wanted; returns dataclasses
+    :param name: of the part, in what is saved
+    """
+    made = parser(description, short)
+    filesystems(made)
+    args = made.parse_args(arguments)
+    found = [one for kind in args.filesystem or FILESYSTEMS for one in measure(kind, args.short)]
+    print(table(found))
+    if args.json:
+        save(args.json, **{name: [dataclasses.asdict(one) for one in found]})
+    return 0
 
 
 def save(path: str, **results: Any) -> None:

@@ -240,16 +240,10 @@ def told(costs: Sequence[Cost]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = ground.parser(__doc__, "fewer disks, and smaller ones")
-    ground.filesystems(parser)
-    args = parser.parse_args(arguments)
-    found = []
-    for kind in args.filesystem or ground.FILESYSTEMS:
-        found += measure(kind, SHORT if args.short else FULL)
-    print(table(found))
-    if args.json:
-        ground.save(args.json, operations=[dataclasses.asdict(both) for both in found])
-    return 0
+    return ground.run_part(
+        arguments, __doc__, "fewer disks, and smaller ones",
+        lambda kind, short: measure(kind, SHORT if short else FULL), table, "operations",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
