@@ -23,7 +23,7 @@ _MOST_TABLE = 8 * units.Mi
 
 
 def end_beyond(fd: int, file_size: int) -> int:
-    """Return where the last cluster ends that has a refcount and lies beyond the end of the file; 0 for none.
+    """Return where the last cluster ends that has a refcount and begins beyond the end of the file; 0 for none.
 
     :param file_size: bytes
     """
@@ -47,6 +47,6 @@ def end_beyond(fd: int, file_size: int) -> int:
         counted = len(os.pread(fd, cluster_size, offset).rstrip(b"\0"))
         if counted:
             last = (first + number) * in_a_block + (counted * 8 - 1) // header.refcount_bits
-            end = (last + 1) * cluster_size
-            return end if end > file_size else 0
+            # A file may end within its last cluster.
+            return (last + 1) * cluster_size if last * cluster_size >= file_size else 0
     return 0
