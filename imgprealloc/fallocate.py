@@ -9,8 +9,12 @@ every other thread of nova-compute.
 from __future__ import annotations
 
 import array
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import errno
@@ -18,7 +22,7 @@ import itertools
 import os
 import struct
 import sys
-from typing import overload
+from typing import Optional, overload
 
 from oslo_utils import units
 
@@ -50,6 +54,11 @@ AT_ONCE = units.Mi
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+Filler = Callable[[str, int, int, int, int], object]
+"""Fills the holes in a stretch of a file that we may not write to; takes what fill_named() takes."""
+
+_filler: contextvars.ContextVar[Optional[Filler]] = contextvars.ContextVar("filler", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,11 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     :param name: by which a program opens it
     :raises: NoSpace, CommandFailed, OSError
     """
+    filler = _filler.get()
+    if filler is not None:
+        status = os.stat(name)
+        filler(os.path.realpath(path), status.st_dev, status.st_ino, start, length)
+        return
     if length <= AT_ONCE:
         native_thread.run(_reserve, name, start, length)
         return
@@ -119,6 +133,35 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
 def _reserve(name: str, start: int, length: int) -> None:
     with open(name, "r+b") as file:
         _fallocate(file.fileno(), _KEEP_SIZE, start, length)
+
+
+@contextlib.contextmanager
+def filling_by(filler: Optional[Filler]) -> Iterator[None]:
+    """Have the block's reserve() done by somebody who may write to the files; None for ourselves."""
+    token = _filler.set(filler)
+    try:
+        yield
+    finally:
+        _filler.reset(token)
+
+
+def fill_named(path: str, device: int, inode: int, start: int, length: int) -> None:
+    """Do reserve() to the file that a path names, if it is the one that was meant.
+
+    For a process that may write to any file; whoever asks it may not.
+
+    :param device: st_dev of the file
+    :param inode: its st_ino
+    :raises: OSError, with ESTALE for another file
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != (device, inode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        _fallocate(fd, _KEEP_SIZE, start, length)
+    finally:
+        os.close(fd)
 
 
 def gaps(name: str, start: int, end: int) -> list[Extent]:

@@ -21,6 +21,7 @@ from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc.format import Existing
 from imgprealloc.preallocator import Preallocator
+from imgprealloc.raw import Raw
 
 LOG = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def heal(
     stock_length: Optional[int] = None,
     greatest: Optional[int] = None,
     copying: bool = True,
+    filler: Optional[fallocate.Filler] = None,
 ) -> None:
     """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
 
@@ -80,7 +82,10 @@ def heal(
         if greatest is not None and known.virtual_size > greatest:
             log.warn_once("too large", path, f"not preallocated: as {format} it would be larger than Nova has made it")
             return
-        if not os.access(path, os.W_OK):
+        is_ours = os.access(path, os.W_OK)
+        if not is_ours and filler is not None:
+            strategy, existing = without_zeros(strategy), "reserve"
+        elif not is_ours:
             if known.state not in HELD and strategy.mode != "metadata":
                 log.warn_once("not ours", path, f"not preallocated: it is {known.state}, and not ours to write")
             return
@@ -90,7 +95,7 @@ def heal(
         if not strategy.has_work(path, existing, known, format=format):
             return
         # What was waited for may have taken long; the disk is opened afterwards.
-        with turn:
+        with turn, fallocate.filling_by(None if is_ours else filler):
             try:
                 after = strategy.preallocate(path, existing, format=format, known=known)
             except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
@@ -107,6 +112,31 @@ def heal(
         log.warn_once("not preallocated", path, f"not preallocated: {exc}")
     except Exception:
         LOG.exception("%s: not preallocated", path)
+
+
+def heal_running(
+    strategy: Preallocator,
+    path: str,
+    format: str,
+    turn: contextlib.AbstractContextManager[Any],
+    filler: Optional[fallocate.Filler] = None,
+) -> None:
+    """Fill the holes that a guest has made in a disk by giving space back; it runs, and may go on making some.
+
+    :param turn: held while they are filled
+    :param filler: as for heal()
+    """
+    if format == Raw.name and _has_all_blocks(path):
+        return
+    heal(without_zeros(strategy), path, format, "reserve", turn, copying=False, filler=filler)
+
+
+def _has_all_blocks(path: str) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return status.st_blocks * 512 >= status.st_size
 
 
 def would_lack_space_in_stock_nova(path: str, length: Optional[int]) -> bool:

@@ -36,6 +36,7 @@ from imgprealloc import opts
 from imgprealloc import presence
 from imgprealloc import qcow2_header
 from imgprealloc import record
+from imgprealloc import rounds
 from imgprealloc import seams
 from imgprealloc import settings
 from imgprealloc.format import Existing
@@ -43,6 +44,9 @@ from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
+from nova import context as nova_context
+from nova import objects
+from nova.privsep import imgprealloc as as_root
 
 CONF = cfg.CONF
 LOG = logging.getLogger(__name__)
@@ -108,6 +112,33 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
         # By their ids, which name the folders that their disks are in.
         self._arriving: dict[str, Any] = {}
+        self._rounds: rounds.Rounds[tuple[Any, Any]] | None = None
+
+    def init_host(self, host: str) -> None:
+        """Begin to look after the disks of the guests that run, as a service starts."""
+        super().init_host(host)
+        if is_on() and CONF.imgprealloc.heal_interval and self._rounds is None:
+            self._rounds = rounds.Rounds(
+                BACKGROUND,
+                CONF.imgprealloc.heal_interval,
+                lambda: self._running_guests(host),
+                lambda found: _heal_running(*found),
+            )
+        if self._rounds is not None:
+            self._rounds.start()
+
+    def cleanup_host(self, host: str) -> None:
+        """Begin no more, as it stops."""
+        if self._rounds is not None:
+            self._rounds.stop()
+        super().cleanup_host(host)
+
+    def _running_guests(self, host: str) -> dict[str, tuple[Any, Any]]:
+        """List the guests that run, with their instances, but for those that Nova is doing something to."""
+        instances = objects.InstanceList.get_by_host(nova_context.get_admin_context(), host, expected_attrs=["flavor"])
+        idle = {instance.uuid: instance for instance in instances if instance.task_state is None}
+        guests = self._host.list_guests(only_running=True)
+        return {guest.uuid: (guest, idle[guest.uuid]) for guest in guests if guest.uuid in idle}
 
     def finish_migration(
         self, context: Any, migration: Any, instance: Any, disk_info: str, *args: Any, **kwargs: Any
@@ -189,7 +220,10 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         with _warning_of_faults(instance):
             for info in self._get_instance_disk_info(instance, block_device_info):
                 if _is_instance_disk(info["path"]):
-                    healing.heal(strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore)
+                    healing.heal(
+                        strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore,
+                        filler=as_root.fill,
+                    )  # fmt: skip
 
     def _create_guest(
         self,
@@ -222,6 +256,27 @@ def _warning_of_faults(instance: Any) -> Iterator[None]:
 
 def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
     """Set aside the space of the disks that libvirt is told of, unless cache() has had its turn at them."""
+    for path, format in _described_disks(xml, instance):
+        # Asked in any case, because the note is for this one start.
+        if not _was_looked_after(path) and is_started and record.agrees(path, format):
+            healing.heal(
+                healing.without_zeros(_preallocator_now(instance)), path, format, "reserve",
+                compute_utils.disk_ops_semaphore, copying=False, filler=as_root.fill,
+            )  # fmt: skip
+
+
+def _heal_running(guest: Any, instance: Any) -> None:
+    """Set aside again what a guest that runs has given back."""
+    with _warning_of_faults(instance):
+        for path, format in _described_disks(guest.get_xml_desc(), instance):
+            if record.agrees(path, format):
+                healing.heal_running(
+                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore, as_root.fill
+                )
+
+
+def _described_disks(xml: str, instance: Any) -> Iterator[tuple[str, str]]:
+    """List the disks of ours that a guest's description has, each with its format."""
     config = vconfig.LibvirtConfigGuest()
     config.parse_str(xml)
     folder = libvirt_utils.get_instance_path(instance)
@@ -229,19 +284,8 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         if not isinstance(device, vconfig.LibvirtConfigGuestDisk) or device.source_type != "file":
             continue
         path, format = device.source_path, device.driver_format
-        if path is None or format is None:
-            continue
-        # Asked in any case, because the note is for this one start.
-        was_looked_after = _was_looked_after(path)
-        if (
-            is_started
-            and not was_looked_after
-            and os.path.dirname(path) == folder
-            and _is_instance_disk(path)
-            and record.agrees(path, format)
-        ):
-            strategy = healing.without_zeros(_preallocator_now(instance))
-            healing.heal(strategy, path, format, "reserve", compute_utils.disk_ops_semaphore, copying=False)
+        if path and format and os.path.dirname(path) == folder and _is_instance_disk(path):
+            yield path, format
 
 
 def _note_looked_after(path: str) -> None:
@@ -335,6 +379,7 @@ def _heal(
         compute_utils.disk_ops_semaphore,
         stock_length=stock_length,
         greatest=greatest,
+        filler=as_root.fill,
     )
 
 

@@ -58,6 +58,20 @@ With ``hw_disk_discard = unmap`` in ``[libvirt]`` a TRIM in the guest would free
 the space again. When this is true, disks whose space is held ignore it.
 """,
     ),
+    cfg.IntOpt(
+        "heal_interval",
+        default=600,
+        min=0,
+        help="""
+Seconds between looks at the disks of running guests, in the background.
+
+Space that a guest has given back all the same is set aside again: before QEMU
+9.1 a Linux guest gives some back with each mkfs and mount, whatever it is told of
+discards (WRITE ZEROES with unmap). Between two looks such a disk is short of
+that much. A round takes a tenth of the time at the most. 0 looks only
+when an instance is started.
+""",
+    ),
 )  # fmt: skip
 
 OPTIONS = (*map(_option, settings.fields()), *_NOVA_OPTIONS)
