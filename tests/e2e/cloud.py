@@ -26,8 +26,10 @@ import fixtures
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.functional import integrated_helpers
 from nova.virt.libvirt import utils as libvirt_utils
+from oslo_config import cfg
 from oslo_utils import uuidutils
 
+from imgprealloc import opts
 from e2e.guest_image import GuestImage
 from e2e.server import Server
 
@@ -82,6 +84,8 @@ class Cloud(integrated_helpers._IntegratedTestBase):  # type: ignore[misc]
         self._ramdisk = self.glance.add(self._guest.ramdisk, "ari")
 
     def _setup_compute_service(self) -> Any:
+        # Which the driver would do only later.
+        opts.register(cfg.CONF)
         # What Nova runs as root, it runs in this process.
         self.useFixture(nova_fixtures.PrivsepFixture())
         for name, value in {

@@ -22,12 +22,15 @@ _HERE = pathlib.Path(__file__).parent
 _KERNEL_PACKAGE = "linux-image-cloud-amd64"
 
 # What a kernel has built in is not there as a file.
-_MODULES = ("virtio_pci", "virtio_blk")
+_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+
+# What a guest does to a filesystem; busybox has not all of it.
+_PROGRAMS = ("mke2fs", "fallocate", "fstrim")
 
 # Ends within a cluster of any size.
 ROOT_IMAGE_SIZE = (24 << 20) + 1536
 
-TOOLS = ("gcc", "busybox")
+TOOLS = ("gcc", "busybox", *_PROGRAMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +100,14 @@ def _ramdisk(writer: pathlib.Path, modules: pathlib.Path) -> bytes:
     if busybox is None or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
         raise RuntimeError("busybox has to do without libraries in the guest; install busybox-static")
     archive = _Archive()
-    for directory in ("bin", "dev", "modules", "proc", "sys"):
+    for directory in ("bin", "dev", "mnt", "modules", "proc", "programs", "sys"):
         archive.add(directory, b"", stat.S_IFDIR | 0o755)
     archive.add("bin/busybox", pathlib.Path(busybox).read_bytes())
+    for program in _PROGRAMS:
+        path = str(shutil.which(program))
+        archive.add(f"programs/{program}", pathlib.Path(path).read_bytes())
+        for library in re.findall(r"(/\S+) \(0x", _run("ldd", path)):
+            archive.add_with_folders(pathlib.Path(library))
     archive.add("whole_disk", writer.read_bytes())
     archive.add("init", (_HERE / "guest_init.sh").read_bytes())
     order: dict[str, bytes] = {}
@@ -135,6 +143,12 @@ class _Archive:
         fields = (self._files, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
         header = b"070701" + b"".join(b"%08X" % field for field in fields)
         self._parts += (_padded(header + path), _padded(data))
+
+    def add_with_folders(self, path: pathlib.Path) -> None:
+        """Add a file of this machine's in the place where it is here."""
+        for folder in reversed(path.relative_to("/").parents[:-1]):
+            self.add(str(folder), b"", stat.S_IFDIR | 0o755)
+        self.add(str(path.relative_to("/")), path.read_bytes())
 
     def content(self) -> bytes:
         self.add("TRAILER!!!", b"", 0)

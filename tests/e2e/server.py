@@ -111,6 +111,14 @@ class Server:
         _wait_until(lambda: f"the guest is at work: {self.launch.said()}", has_ended)
         return self.launch.said()
 
+    def wait_until_held(self) -> None:
+        """Wait until the filesystem holds all that the disks may grow to."""
+
+        def short() -> dict[str, int]:
+            return {name: disk.shortfall for name, disk in self.disks().items() if disk.shortfall}
+
+        _wait_until(lambda: f"bytes are short: {short()}", lambda: not short())
+
     def act(self, status: str, **action: Any) -> dict[str, Any]:
         """Ask Nova for an action, wait for the status in which it has to end, and return the answer."""
         answer = self._api.post_server_action(self.uuid, action)

@@ -59,6 +59,59 @@ def test_small_stretch_is_reserved_without_a_process(programs: Programs, file: p
     assert os.stat(file).st_blocks * 512 >= 128 * units.Ki
 
 
+def test_stretch_is_filled_by_who_may_write_the_file_by_its_real_name(
+    programs: Programs, file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    filled: list[tuple[object, ...]] = []
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    status = file.stat()
+
+    with fallocate.filling_by(lambda *stretch: filled.append(stretch)):
+        fallocate.reserve(str(link), str(file), 4096, units.Gi)
+        fallocate.reserve(str(link), str(file), 0, 4096)
+
+    named = (str(file), status.st_dev, status.st_ino)
+    assert filled == [(*named, 4096, units.Gi), (*named, 0, 4096)]
+    assert programs.calls == []
+    assert file.stat().st_blocks == 0
+    # The control, and that it is over.
+    fallocate.reserve(str(link), str(file), 0, 4096)
+    assert file.stat().st_blocks > 0
+
+
+def test_file_that_was_meant_is_filled_and_keeps_its_length_and_content(file: pathlib.Path) -> None:
+    file.write_bytes(b"data")
+    status = file.stat()
+
+    fallocate.fill_named(str(file), status.st_dev, status.st_ino, 0, 128 * units.Ki)
+
+    assert file.read_bytes() == b"data"
+    assert file.stat().st_blocks * 512 >= 128 * units.Ki
+
+
+@pytest.mark.parametrize(("device", "inode"), [(0, 1), (1, 0)])
+def test_file_that_was_not_meant_is_left(file: pathlib.Path, device: int, inode: int) -> None:
+    status = file.stat()
+
+    with pytest.raises(OSError, match="Stale") as caught:
+        fallocate.fill_named(str(file), status.st_dev + device, status.st_ino + inode, 0, 8192)
+
+    assert caught.value.errno == errno.ESTALE
+    assert file.stat().st_blocks == 0
+
+
+def test_link_to_the_file_that_was_meant_is_not_followed(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    status = file.stat()
+
+    with pytest.raises(OSError, match="symbolic") as caught:
+        fallocate.fill_named(str(link), status.st_dev, status.st_ino, 0, 8192)
+
+    assert caught.value.errno == errno.ELOOP
+
+
 def test_gaps_are_what_is_not_set_aside_also_past_the_last_extent() -> None:
     found = [Extent(0, 4096), Extent(8192, 4096)]
     with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -206,6 +207,66 @@ def test_disk_that_is_not_ours_to_write_is_only_looked_at(
     strategy.preallocate.assert_not_called()
     assert len(logged(logging.WARNING)) == warnings
     assert turn.taken == 0
+
+
+def test_disk_that_is_not_ours_to_write_has_its_holes_filled_by_who_may(disk: str, turn: Turn) -> None:
+    filled = []
+
+    def preallocate(path: str, existing: Existing, **_: Any) -> None:
+        fallocate.reserve(path, path, 4096, 8192)
+
+    strategy = dataclasses.replace(Preallocator(), mode="full", on_unsupported="full")
+    made = playing(preallocate)
+    with (
+        fixtures.MockPatchObject(os, "access", lambda path, how: False),
+        fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: made) as without_zeros,
+    ):
+        healing.heal(
+            strategy, disk, "raw", "rewrite", turn, filler=lambda *stretch: filled.append((*stretch, turn.held))
+        )
+
+    status = os.stat(disk)
+    assert filled == [(disk, status.st_dev, status.st_ino, 4096, 8192, True)]
+    assert made.preallocate.call_args.args == (disk, "reserve")
+    assert without_zeros
+
+
+def test_disk_that_is_ours_has_its_holes_filled_by_ourselves(disk: str, turn: Turn) -> None:
+    def preallocate(path: str, existing: Existing, **_: Any) -> None:
+        fallocate.reserve(path, path, 0, 8192)
+
+    healing.heal(playing(preallocate), disk, "raw", "reserve", turn, filler=lambda *_: pytest.fail("it is ours"))
+
+    assert os.stat(disk).st_blocks * 512 >= 8192
+
+
+# A disk whose guest runs.
+
+
+def test_running_guest_s_raw_disk_that_has_all_its_blocks_costs_one_look_at_its_inode(disk: str, turn: Turn) -> None:
+    os.truncate(disk, 8192)
+    os.posix_fallocate(os.open(disk, os.O_RDWR), 0, 8192)
+    strategy = playing()
+
+    healing.heal_running(strategy, disk, "raw", turn)
+
+    assert strategy.mock_calls == []
+    # The control: one block less.
+    os.truncate(disk, 12288)
+    with fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: strategy):
+        healing.heal_running(strategy, disk, "raw", turn)
+    assert strategy.preallocate.call_count == 1
+
+
+def test_running_guest_s_disk_is_never_replaced_nor_copied(disk: str, turn: Turn) -> None:
+    strategy = playing()
+    with fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: strategy):
+        healing.heal_running(strategy, disk, "qcow2", turn)
+        assert strategy.preallocate.call_args.args == (disk, "reserve")
+        strategy.inspect.return_value.shared_bytes = 4096
+        healing.heal_running(strategy, disk, "qcow2", turn)
+
+    assert strategy.preallocate.call_count == 1
 
 
 # Space that is short.

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks of guests that run: what they give back is set aside again, by root where nova-compute may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import os
+import pathlib
+import pwd
+import subprocess
+import sys
+import threading
+from typing import Any
+from unittest import mock
+
+import compute_host
+from compute_host import DISKS
+from compute_host import KINDS
+from compute_host import Host
+from compute_host import all_disks
+import images
+from nova.compute import task_states
+from nova.compute import utils as compute_utils
+from nova.virt.libvirt import driver as libvirt_driver
+from nova.virt.libvirt import guest as libvirt_guest
+from oslo_utils import units
+import pytest
+
+import imgprealloc
+from imgprealloc import looks
+import imgprealloc.nova
+from nova import objects
+
+HOST = "here"
+
+
+class Node:
+    """A compute node with one guest that has given space back, and whose nova-compute has been started."""
+
+    def __init__(self, host: Host, instance: Any, database: list[Any]) -> None:
+        self.host = host
+        self.instance = instance
+        self.database = database
+
+    def round(self) -> None:
+        """Let it go round once."""
+        assert self.host.driver._rounds is not None
+        self.host.driver._rounds.round()
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Look at all disks anew."""
+        looks.forget()
+        return self.host.states(self.instance)
+
+
+@pytest.fixture
+def node(host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
+    """Return how to get such a node; what libvirt and the database do as the service starts is stood in for."""
+    started: list[Any] = []
+    database: list[Any] = []
+    asked = mock.Mock(side_effect=lambda context, name, expected_attrs: [i for i in database if i.host == name])
+    monkeypatch.setattr(objects.InstanceList, "get_by_host", asked)
+    monkeypatch.setattr(libvirt_driver.LibvirtDriver, "init_host", lambda self, host: None)
+    monkeypatch.setattr(libvirt_driver.LibvirtDriver, "cleanup_host", lambda self, host: None)
+
+    def make(kind: str, flavor: Any = None, **options: Any) -> Node:
+        made = host(libvirt__images_type=kind, **options)
+        instance = made.spawn(made.instance(flavor))
+        made.write(instance)
+        for name in DISKS:
+            compute_host.lose_space(made.disk(instance, name))
+        database.append(instance)
+        driver = made.driver
+        driver._host.list_guests.side_effect = lambda only_running: [
+            libvirt_guest.Guest(domain) for domain in made.domains.values()
+        ]
+        driver.init_host(HOST)
+        started.append(driver)
+        return Node(made, instance, database)
+
+    yield make
+    for driver in started:
+        driver.cleanup_host(HOST)
+    # Some wait for their first round.
+    assert all(thread.daemon for thread in _threads())
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == imgprealloc.nova.BACKGROUND]
+
+
+@KINDS
+def test_space_that_a_running_guest_has_given_back_is_set_aside_again(node: Callable[..., Node], kind: str) -> None:
+    here = node(kind)
+    kept = here.host.keep(here.instance)
+    inodes = here.host.inodes(here.instance)
+    assert "preallocated" not in here.states.values()
+
+    with compute_host.in_use(here.host.disk(here.instance, "disk.swap"), kind):
+        here.round()
+
+    assert here.states == all_disks("preallocated")
+    assert here.host.inodes(here.instance) == inodes
+    del kept["disk.swap"]
+    assert here.host.changed(here.instance, kept) == []
+
+
+@pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
+def test_disk_of_a_running_guest_is_reserved_at_the_most(node: Callable[..., Node], existing_disks: str) -> None:
+    here = node("qcow2", imgprealloc__existing_disks=existing_disks)
+    for name in DISKS:
+        # What QEMU before 9.1 makes of a zeroing that may free space.
+        images.qemu_io(here.host.disk(here.instance, name), "discard 0 1M")
+    inodes = here.host.inodes(here.instance)
+
+    here.round()
+
+    assert here.states == all_disks("reserved")
+    assert here.host.inodes(here.instance) == inodes
+
+
+@KINDS
+def test_flavor_that_promises_no_space_gets_none(node: Callable[..., Node], kind: str) -> None:
+    here = node(kind, compute_host.flavor(imgprealloc__mode="metadata"))
+    before = here.host.identities(here.instance)
+
+    here.round()
+
+    assert here.host.identities(here.instance) == before
+
+
+@pytest.mark.parametrize(
+    "field", [{"task_state": task_states.MIGRATING}, {"host": "there"}], ids=["at-work", "of-another-host"]
+)
+def test_what_nova_is_at_work_on_is_left_for_the_next_round(node: Callable[..., Node], field: dict[str, str]) -> None:
+    here = node("raw")
+    before = {name: getattr(here.instance, name) for name in field}
+    for name, value in field.items():
+        setattr(here.instance, name, value)
+
+    here.round()
+    assert "preallocated" not in here.states.values()
+
+    for name, value in before.items():
+        setattr(here.instance, name, value)
+    here.round()
+    assert here.states == all_disks("preallocated")
+
+
+def test_disk_that_is_on_record_as_another_format_is_left(node: Callable[..., Node]) -> None:
+    here = node("qcow2")
+    record = pathlib.Path(here.host.path, here.instance.uuid, "disk.info")
+    record.write_text(f'{{"{here.host.disk(here.instance)}": "raw"}}')
+    before = images.identity(here.host.disk(here.instance))
+
+    here.round()
+
+    assert images.identity(here.host.disk(here.instance)) == before
+
+
+def test_semaphore_is_not_held_to_look(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = node("raw")
+    here.round()
+    monkeypatch.setattr(compute_utils, "disk_ops_semaphore", mock.MagicMock(spec=["__enter__", "__exit__"]))
+
+    here.round()
+
+    compute_utils.disk_ops_semaphore.__enter__.assert_not_called()
+    # The control.
+    compute_host.lose_space(here.host.disk(here.instance))
+    here.round()
+    compute_utils.disk_ops_semaphore.__enter__.assert_called_once_with()
+
+
+@KINDS
+def test_round_in_which_nothing_has_changed_starts_no_program(
+    node: Callable[..., Node], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = node(kind)
+    here.round()
+    monkeypatch.setattr(imgprealloc.command, "run", mock.Mock(side_effect=AssertionError("a program")))
+
+    here.round()
+
+    assert imgprealloc.command.run.call_count == 0  # type: ignore[attr-defined]
+
+
+def test_guest_that_fails_keeps_the_others_from_nothing(
+    node: Callable[..., Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    here = node("raw")
+    lost = mock.Mock(uuid="00000000-0000-0000-0000-000000000000", host=HOST, task_state=None)
+    here.database.insert(0, lost)
+    here.host.domains[lost.uuid] = gone = compute_host.Domain(lost.uuid, "")
+    gone.XMLDesc = mock.Mock(side_effect=RuntimeError("no such domain"))  # type: ignore[method-assign]
+
+    here.round()
+
+    assert "no such domain" in caplog.text
+    assert here.states == all_disks("preallocated")
+
+
+@pytest.mark.parametrize("options", [{"imgprealloc__heal_interval": 0}, {"preallocate_images": "none"}])
+def test_nothing_goes_round_where_it_is_switched_off(node: Callable[..., Node], options: dict[str, Any]) -> None:
+    before = len(_threads())
+
+    here = node("raw", **options)
+
+    assert here.host.driver._rounds is None
+    assert len(_threads()) == before
+
+
+def test_service_that_is_started_again_has_one_thread(node: Callable[..., Node]) -> None:
+    before = len(_threads())
+    here = node("raw")
+
+    here.host.driver.init_host(HOST)
+
+    assert len(_threads()) == before + 1
+
+
+# The disk of a running guest belongs to libvirt's user, or to root.
+
+_UNPRIVILEGED = """
+import contextlib
+import ctypes
+import os
+import sys
+
+import nova.conf
+from nova import privsep
+from oslo_privsep import priv_context
+
+from imgprealloc import healing
+from imgprealloc import Preallocator
+from nova.privsep import imgprealloc as as_root
+
+path, format, uid, filler = sys.argv[1:]
+nova.conf.CONF([], project="nova")
+if filler == "root":
+    # The daemon is Nova's; who starts it (sudo, rootwrap) is the host's.
+    privsep.sys_admin_pctxt.start(priv_context.Method.FORK)
+os.setgroups([])
+os.setresgid(int(uid), int(uid), int(uid))
+os.setresuid(int(uid), int(uid), int(uid))
+# As in a program that was started as this user: its children may open what is in /proc/PID/fd.
+PR_SET_DUMPABLE = 4
+assert ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+assert not os.access(path, os.W_OK)
+
+fill = as_root.fill if filler == "root" else None
+healing.heal_running(Preallocator(), path, format, contextlib.nullcontext(), fill)
+print(Preallocator().inspect(path, format=format).state)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def _as_nobody(path: str, format: str, filler: str) -> str:
+    nobody = pwd.getpwnam("nobody").pw_uid
+    # Where tests have their files, nobody else may look.
+    command = ["unshare", "--mount", "sh", "-ec", 'mount --bind "$0" /mnt; exec "$@"', os.path.dirname(path)]
+    command += [sys.executable, "-W", "ignore", "-c", _UNPRIVILEGED, f"/mnt/{os.path.basename(path)}"]
+    command += [format, str(nobody), filler]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()[-1] if done.stdout else done.stderr
+
+
+@pytest.fixture
+def folder(room: str) -> Iterator[pathlib.Path]:
+    """Return an instance's folder, which belongs to the service's user, unlike the disks in it."""
+    path = pathlib.Path(room, "of-nobody")
+    path.mkdir()
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.chown(path, nobody, nobody)
+    yield path
+    images.run("rm", "-r", path)
+
+
+@pytest.mark.parametrize("owner", ["games", "root"])
+@KINDS
+def test_holes_in_a_disk_of_somebody_else_s_are_filled_by_nova_s_privileged_daemon(
+    folder: pathlib.Path, kind: str, owner: str
+) -> None:
+    disk = str(folder / "disk")
+    imgprealloc.Preallocator().create(disk, 256 * units.Mi, format=kind)
+    compute_host.write(disk, kind)
+    compute_host.lose_space(disk)
+    os.chown(disk, pwd.getpwnam(owner).pw_uid, 0)
+    os.chmod(disk, 0o644)
+    before = os.stat(disk)
+
+    with compute_host.in_use(disk, kind):
+        # The control: without the daemon it is left as it is.
+        assert _as_nobody(disk, kind, "nobody") in ("thin", "mapped")
+        assert _as_nobody(disk, kind, "root") == "preallocated"
+
+    after = os.stat(disk)
+    assert (after.st_ino, after.st_uid, after.st_gid, after.st_mode) == (
+        before.st_ino, before.st_uid, before.st_gid, before.st_mode,
+    )  # fmt: skip
+    images.qemu_io(disk, "read -P 7 70M 1M", format=kind)
