@@ -92,13 +92,14 @@ def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
         return Finding("compute_driver", True, patched)
     if conf.compute_driver != DRIVER:
         return Finding("compute_driver", False, f"{conf.compute_driver}; set [DEFAULT] compute_driver = {DRIVER}")
-    if importlib.util.find_spec("nova.virt.imgprealloc") is None:
-        return Finding(
-            "compute_driver",
-            False,
-            f"{DRIVER}, but nova/virt/imgprealloc.py is not in Nova's package; "
-            "install imgprealloc with pip into the environment, or folder, that Nova is installed in",
-        )
+    for module in ("nova.virt.imgprealloc", "nova.privsep.imgprealloc"):
+        if importlib.util.find_spec(module) is None:
+            return Finding(
+                "compute_driver",
+                False,
+                f"{DRIVER}, but {module.replace('.', '/')}.py is not in Nova's package; "
+                "install imgprealloc with pip into the environment, or folder, that Nova is installed in",
+            )
     return Finding("compute_driver", True, DRIVER)
 
 

@@ -46,7 +46,12 @@ from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 from nova import context as nova_context
 from nova import objects
-from nova.privsep import imgprealloc as as_root
+
+try:
+    from nova.privsep.imgprealloc import fill as fill_as_root
+except ImportError:
+    # Beside a Nova in another place than ours, as with the patch in contrib/.
+    fill_as_root = None
 
 CONF = cfg.CONF
 LOG = logging.getLogger(__name__)
@@ -222,7 +227,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 if _is_instance_disk(info["path"]):
                     healing.heal(
                         strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore,
-                        filler=as_root.fill,
+                        filler=fill_as_root,
                     )  # fmt: skip
 
     def _create_guest(
@@ -261,7 +266,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         if not _was_looked_after(path) and is_started and record.agrees(path, format):
             healing.heal(
                 healing.without_zeros(_preallocator_now(instance)), path, format, "reserve",
-                compute_utils.disk_ops_semaphore, copying=False, filler=as_root.fill,
+                compute_utils.disk_ops_semaphore, copying=False, filler=fill_as_root,
             )  # fmt: skip
 
 
@@ -271,7 +276,7 @@ def _heal_running(guest: Any, instance: Any) -> None:
         for path, format in _described_disks(guest.get_xml_desc(), instance):
             if record.agrees(path, format):
                 healing.heal_running(
-                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore, as_root.fill
+                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore, fill_as_root
                 )
 
 
@@ -379,7 +384,7 @@ def _heal(
         compute_utils.disk_ops_semaphore,
         stock_length=stock_length,
         greatest=greatest,
-        filler=as_root.fill,
+        filler=fill_as_root,
     )
 
 
