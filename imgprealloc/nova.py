@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import tempfile
 import threading
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from oslo_utils import strutils
 
 from imgprealloc import exceptions
 from imgprealloc import healing
+from imgprealloc import instances
 from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import opts
@@ -55,10 +55,6 @@ except ImportError:
 
 CONF = cfg.CONF
 LOG = logging.getLogger(__name__)
-
-# Root, ephemeral and swap disks. Not kernel and ramdisk, config drives, rescue
-# disks, nor what is yet to be invented.
-_INSTANCE_DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
 
 # virtio and SATA disks count in sectors of this many bytes.
 _SECTOR = 512
@@ -140,8 +136,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     def _running_guests(self, host: str) -> dict[str, tuple[Any, Any]]:
         """List the guests that run, with their instances, but for those that Nova is doing something to."""
-        instances = objects.InstanceList.get_by_host(nova_context.get_admin_context(), host, expected_attrs=["flavor"])
-        idle = {instance.uuid: instance for instance in instances if instance.task_state is None}
+        here = objects.InstanceList.get_by_host(nova_context.get_admin_context(), host, expected_attrs=["flavor"])
+        idle = {instance.uuid: instance for instance in here if instance.task_state is None}
         guests = self._host.list_guests(only_running=True)
         return {guest.uuid: (guest, idle[guest.uuid]) for guest in guests if guest.uuid in idle}
 
@@ -172,7 +168,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         alone = {}
         for info in disk_info or () if is_on() else ():
             path = os.path.join(instance_dir, os.path.basename(info["path"]))
-            if not info["backing_file"] and _is_instance_disk(path):
+            if not info["backing_file"] and instances.is_disk(path):
                 alone[path] = (info["type"], presence.was_absent(path))
         super()._create_images_and_backing(context, instance, instance_dir, disk_info, fallback_from_host)
         for path, (format, is_new) in alone.items():
@@ -224,7 +220,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def _heal_arrived(self, strategy: Preallocator, instance: Any, block_device_info: Any) -> None:
         with _warning_of_faults(instance):
             for info in self._get_instance_disk_info(instance, block_device_info):
-                if _is_instance_disk(info["path"]):
+                if instances.is_disk(info["path"]):
                     healing.heal(
                         strategy, info["path"], info["type"], "reserve", compute_utils.disk_ops_semaphore,
                         filler=fill_as_root,
@@ -289,7 +285,7 @@ def _described_disks(xml: str, instance: Any) -> Iterator[tuple[str, str]]:
         if not isinstance(device, vconfig.LibvirtConfigGuestDisk) or device.source_type != "file":
             continue
         path, format = device.source_path, device.driver_format
-        if path and format and os.path.dirname(path) == folder and _is_instance_disk(path):
+        if path and format and os.path.dirname(path) == folder and instances.is_disk(path):
             yield path, format
 
 
@@ -307,10 +303,6 @@ def _was_looked_after(path: str) -> bool:
         return noted is not None and noted == FileStamp.from_stat(os.stat(path))
     except OSError:
         return False
-
-
-def _is_instance_disk(path: str) -> bool:
-    return bool(_INSTANCE_DISK.fullmatch(os.path.basename(path)))
 
 
 def _preallocator(instance: Any) -> Preallocator:
@@ -422,7 +414,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
 
     @property
     def _is_ours(self) -> bool:
-        return bool(self.preallocate) and _is_instance_disk(self.path)
+        return bool(self.preallocate) and instances.is_disk(self.path)
 
     def cache(self, fetch_func: Any, filename: str, size: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Let Nova make the disk or find it there, then preallocate it."""

@@ -260,6 +260,9 @@ def _chosen(
             "say so (--disk-format) if it is"
         )  # fmt: skip
         treatment = strategy.treatment(file, before, promise, "reserve")
+    elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
+        # One that may be made anew may stay what it is, too.
+        treatment = strategy.treatment(file, before, promise, "reserve")
     if treatment is None:
         LOG.debug("%s: left %s in mode %s", file.path, before.state, promise.mode)
     return treatment

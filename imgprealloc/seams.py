@@ -13,6 +13,8 @@ from typing import Any, Optional
 
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver
+from nova.virt.libvirt import guest as libvirt_guest
+from nova.virt.libvirt import host as libvirt_host
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -40,6 +42,10 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (imagebackend.Backend, "__init__", ("self", "use_cow")),
     (libvirt_utils, "get_instance_path", ("instance",)),
     (driver.LibvirtDriver, "__init__", ("self", "virtapi", "read_only")),
+    (driver.LibvirtDriver, "init_host", ("self", "host")),
+    (driver.LibvirtDriver, "cleanup_host", ("self", "host")),
+    (libvirt_host.Host, "list_guests", ("self", "only_running")),
+    (libvirt_guest.Guest, "get_xml_desc", ("self",)),
     (driver.LibvirtDriver, "_disk_raw_to_qcow2", ("path",)),
     (driver.LibvirtDriver, "finish_migration", ("self", "context", "migration", "instance", "disk_info")),
     (

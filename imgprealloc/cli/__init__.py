@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The imgprealloc command: a thin shell around the library, for operators. One module a verb.
 
-Exit status: 0; 1 an error; 2 usage; 3 show --check found a disk that is not
-preallocated; 128 + n it was stopped by signal n.
+Exit status: 0 done as asked; 1 an error, or not done as asked; 2 usage; 3 show
+--check found a disk that is not preallocated; 128 + n it was stopped by signal n.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Optional
 
@@ -25,14 +26,22 @@ class Imgprealloc(app.App):
             description="Preallocated disks for Nova instances: look, create, allocate, resize.",
             version=imgprealloc.__version__,
             command_manager=commandmanager.CommandManager("imgprealloc.cli"),
+            # So that VERB --help is the verb's.
+            deferred_help=True,
         )
+
+    def configure_logging(self) -> None:
+        """Let -v tell what we do, and not what finds the formats of our tables."""
+        super().configure_logging()
+        logging.getLogger("stevedore").setLevel(logging.WARNING)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command, and return its exit status."""
     try:
         with signals.stopping():
-            return int(Imgprealloc().run(sys.argv[1:] if argv is None else argv))
+            # Without any, cliff would open a prompt.
+            return int(Imgprealloc().run((sys.argv[1:] if argv is None else argv) or ["--help"]))
     except signals.Stopped as stopped:
         print(f"imgprealloc: {stopped}", file=sys.stderr)
         return 128 + stopped.number

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import argparse
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import dataclasses
+import decimal
 import os
 import re
 from typing import Any, Optional
 
 from cliff import lister
 from cliff.columns import FormattableColumn
+from oslo_config import cfg
 from oslo_utils import units
 
 from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import instances
 from imgprealloc import settings
 from imgprealloc.cli import abreast
 from imgprealloc.cli import signals
@@ -26,10 +33,11 @@ from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
 _UNITS = {"": 1, "K": units.Ki, "M": units.Mi, "G": units.Gi, "T": units.Ti, "P": units.Pi, "E": units.Ei}
-_SIZE = re.compile(r"(\d+)([KMGTPE]?)(?:i?B)?", re.ASCII)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPE]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
 _COLUMNS = (
+    "instance",
     "path",
     "format",
     "virtual_size",
@@ -40,11 +48,21 @@ _COLUMNS = (
     "mapped_clusters",
     "fragmented_clusters",
     "shared_bytes",
+    "in_use",
     "state",
     "shortfall",
+    "error",
 )
-# What fits a terminal; --column asks for others.
-_TABLE_COLUMNS = (
+# What fits 80 characters: as people name it, and what it is.
+_SHORT_COLUMNS = {
+    "instance": "short instance",
+    "disk": "disk",
+    "size": "virtual_size",
+    "state": "state",
+    "shortfall": "shortfall",
+    "in use": "in_use",
+}
+_LONG_COLUMNS = (
     "path",
     "format",
     "virtual_size",
@@ -52,9 +70,14 @@ _TABLE_COLUMNS = (
     "clusters",
     "mapped_clusters",
     "fragmented_clusters",
+    "in_use",
     "state",
     "shortfall",
 )
+PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
+
+# Of an instance's UUID, in a short table.
+_SHORT_UUID = 8
 
 
 class Size(FormattableColumn):  # type: ignore[misc, type-arg]
@@ -69,6 +92,45 @@ class Size(FormattableColumn):  # type: ignore[misc, type-arg]
         return f"{size:.4g} {unit}"
 
 
+class State(FormattableColumn):  # type: ignore[misc, type-arg]
+    """A disk's state; nothing of one that could not be read, for which a table has a word."""
+
+    def human_readable(self) -> str:
+        """Return the state, or that there was an error."""
+        return str(self._value or "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one disk that was asked for.
+
+    :param image: as it is now; None where it could not be read
+    :param error: why what was asked for is not done
+    """
+
+    path: str
+    image: Optional[DiskImage]
+    error: Optional[str]
+
+    def cell(self, column: str) -> Any:
+        """Return what a table, or a machine, is to have of it."""
+        if column == "path":
+            return self.path
+        if column == "error":
+            return self.error
+        instance = instances.instance_of(self.path)
+        if column == "instance":
+            return instance
+        if column == "short instance":
+            return instance and instance[:_SHORT_UUID]
+        if column == "disk":
+            return os.path.basename(self.path) if instance else self.path
+        if column == "state":
+            return State(self.image and self.image.state)
+        value = self.image and getattr(self.image, column)
+        return Size(value) if column in _SIZES and value is not None else value
+
+
 class Disks(lister.Lister):
     """A command that works on disks and then shows them."""
 
@@ -80,38 +142,77 @@ class Disks(lister.Lister):
             help="the disk's format; else what Nova's disk.info beside it says, else a guess by its first bytes, "
             "under which no byte of it is changed",
         )
+        parser.add_argument("--long", action="store_true", help="show paths, clusters and allocated sizes in the table")
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show the disks, and return the exit status."""
         self.status = 0
+        self._outcomes: list[Outcome] = []
         super().run(parsed_args)
+        if parsed_args.formatter == "table":
+            for line in _summary(self._outcomes):
+                self.app.stdout.write(f"{line}\n")
         return self.status
 
+    def named(self, paths: Sequence[str]) -> list[str]:
+        """List the disks that paths name: files, and folders with disks, or with instances, in them.
+
+        :param paths: none stands for all disks of all instances of this host
+        """
+        found: list[str] = []
+        try:
+            for path in paths or [instances.configured_path()]:
+                below = instances.disks_below(path) if os.path.isdir(path) else [path]
+                if not below:
+                    self.app.LOG.warning("%s: there is no disk of an instance in it", path)
+                found += below
+        except OSError as exc:
+            self.app.LOG.error("%s: %s. Check the path and its permissions.", exc.filename, exc.strerror)
+            self.status = 1
+        except cfg.Error as exc:
+            self.app.LOG.error("nova.conf does not tell where instances are: %s. Name a folder.", exc)
+            self.status = 1
+        return found
+
     def each(
-        self, paths: Sequence[str], work: Callable[[str], DiskImage], parsed_args: argparse.Namespace, at_once: int = 1
+        self,
+        paths: Sequence[str],
+        work: Callable[[str], DiskImage],
+        parsed_args: argparse.Namespace,
+        at_once: int = 1,
+        lack: Callable[[DiskImage], Optional[str]] = lambda image: None,
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Work on the disks; an error with one does not keep the rest from it.
 
         :param at_once: how many may be worked on at the same time
+        :param lack: says of a disk that has been worked on what of the request is
+            not done
         """
-        columns: tuple[str, ...] = _COLUMNS
-        if parsed_args.formatter == "table" and not parsed_args.columns:
-            columns = _TABLE_COLUMNS
-        rows = []
         with contextlib.closing(abreast.in_order(work, paths, min(at_once, len(paths)))) as results:
             for path in paths:
                 before = _stamp(path)
                 try:
                     image = next(results)()
-                    rows.append(tuple(_cell(image, column) for column in columns))
+                    error = lack(image)
+                    if error is not None:
+                        error = f"{path}: {error}"
+                        self._tell(error)
+                    self._outcomes.append(Outcome(path, image, error))
                 except (exceptions.PreallocationError, OSError) as exc:
-                    self.app.LOG.error(exc)
-                    self.status = 1
+                    self._tell(exc)
+                    self._outcomes.append(Outcome(path, None, str(exc)))
                 except signals.Stopped as stopped:
                     stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
                     raise
-        return columns, rows
+        columns: dict[str, str] = {name: name for name in _COLUMNS}
+        if parsed_args.formatter == "table" and not parsed_args.columns:
+            columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
+        return tuple(columns), [tuple(map(outcome.cell, columns.values())) for outcome in self._outcomes]
+
+    def _tell(self, error: object) -> None:
+        self.status = 1
+        self.app.LOG.error(error, exc_info=self.app.options.debug)
 
 
 class Allocating(Disks):
@@ -154,14 +255,34 @@ def size(text: str) -> int:
     :raises: argparse.ArgumentTypeError
     """
     found = _SIZE.fullmatch(text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 10G")
-    return int(found[1]) * _UNITS[found[2]]
+    bytes = decimal.Decimal(found[1]) * _UNITS[found[2].upper()] if found else decimal.Decimal("NaN")
+    if bytes != bytes.to_integral_value():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 1.5G")
+    return int(bytes)
 
 
-def _cell(image: DiskImage, column: str) -> Any:
-    value = getattr(image, column)
-    return Size(value) if column in _SIZES else value
+def _summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """Say of each filesystem what its disks are, and whether it has what they are short of."""
+    of_device: dict[int, list[DiskImage]] = {}
+    for outcome in outcomes:
+        if outcome.image is not None:
+            of_device.setdefault(outcome.image.stamp.device, []).append(outcome.image)
+    for images in of_device.values():
+        folder = os.path.dirname(os.path.realpath(images[0].path))
+        states = collections.Counter(image.state for image in images)
+        with contextlib.suppress(OSError):
+            counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
+            short, available = sum(image.shortfall for image in images), filesystem.available(folder)
+            yield (
+                f"{_mount_point(folder)}: {counts}; {Size(short).human_readable()} short, "
+                f"{Size(available).human_readable()} available"
+            )
+
+
+def _mount_point(folder: str) -> str:
+    while not os.path.ismount(folder):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _stamp(path: str) -> Optional[FileStamp]:

@@ -14,14 +14,14 @@ from imgprealloc import exceptions
 from imgprealloc import log
 from imgprealloc import replacement
 from imgprealloc.cli import abreast
-from imgprealloc.cli.disks import Disks
+from imgprealloc.cli import disks
 from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
 
 _NOT_PREALLOCATED = 3
 
 
-class Show(Disks):
+class Show(disks.Disks):
     """Show how far disks are preallocated, and what the filesystem may still be asked for."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ class Show(Disks):
         parser.add_argument(
             "--check", action="store_true", help=f"exit with {_NOT_PREALLOCATED} if a disk is not preallocated"
         )
-        parser.add_argument("paths", nargs="+", metavar="PATH")
+        parser.add_argument("paths", nargs="*", metavar="PATH", help=disks.PATHS)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
@@ -44,7 +44,7 @@ class Show(Disks):
                 not_preallocated.set()
             return image
 
-        shown = self.each(parsed_args.paths, work, parsed_args, abreast.cpus())
+        shown = self.each(self.named(parsed_args.paths), work, parsed_args, abreast.cpus())
         if parsed_args.check and not_preallocated.is_set() and not self.status:
             self.status = _NOT_PREALLOCATED
         return shown

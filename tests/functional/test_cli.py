@@ -49,6 +49,7 @@ def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(
 
     assert found.pop("shortfall") > 31 * MiB
     assert found == {
+        "instance": None,
         "path": "disk",
         "format": "qcow2",
         "virtual_size": 32 * MiB,
@@ -59,7 +60,9 @@ def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(
         "mapped_clusters": 16,
         "fragmented_clusters": 0,
         "shared_bytes": 0,
+        "in_use": False,
         "state": "thin",
+        "error": None,
     }
 
 
@@ -96,9 +99,11 @@ def test_path_that_cannot_be_read_ends_with_1_after_the_rest_is_shown(
 ) -> None:
     images.sparse_file(folder / "disk", 8 * MiB)
 
-    done = imgprealloc("show", "--check", "-f", "value", "-c", "path", "missing", ".", "disk")
+    os.mkfifo(folder / "fifo")
 
-    assert (done.returncode, done.stdout) == (1, "disk\n")
+    done = imgprealloc("show", "--check", "-f", "value", "-c", "path", "-c", "state", "missing", "fifo", "disk")
+
+    assert (done.returncode, done.stdout) == (1, "missing None\nfifo None\ndisk thin\n")
 
 
 def test_cluster_size_that_there_is_not_ends_with_2(imgprealloc: Command, folder: pathlib.Path) -> None:

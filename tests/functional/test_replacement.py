@@ -406,9 +406,16 @@ def test_dangling_link_is_not_followed_at_creation(folder: pathlib.Path) -> None
 # A guest has the disk.
 
 
-def test_disk_without_data_that_a_guest_has_is_not_replaced(thin: pathlib.Path) -> None:
-    with images.guest(thin), pytest.raises(exceptions.ImageInUse):
-        Preallocator().preallocate(thin, format="qcow2")
+def test_disk_without_data_that_a_guest_has_is_not_replaced_and_gets_its_space(thin: pathlib.Path) -> None:
+    inode, content = thin.stat().st_ino, images.file_digest(thin)
+
+    with images.guest(thin):
+        assert Preallocator().preallocate(thin, format="qcow2").state == "reserved"
+        assert (thin.stat().st_ino, images.file_digest(thin)) == (inode, content)
+
+    # The control: nobody has it any more.
+    assert Preallocator().preallocate(thin, format="qcow2").state == "preallocated"
+    assert thin.stat().st_ino != inode
 
 
 def test_disk_with_data_that_a_guest_has_is_not_rewritten(used: pathlib.Path) -> None:
@@ -424,13 +431,13 @@ def test_disk_that_a_guest_has_does_not_grow(folder: pathlib.Path, format: str) 
         Preallocator().resize(folder / "disk", 16 * MiB, format=format)
 
 
-def test_disk_that_a_guest_has_is_untouched_when_it_is_refused(thin: pathlib.Path) -> None:
-    with images.guest(thin):
-        before = images.identity(thin)
+def test_disk_that_a_guest_has_is_untouched_when_it_is_refused(used: pathlib.Path) -> None:
+    with images.guest(used):
+        before = images.identity(used)
         with pytest.raises(exceptions.ImageInUse):
-            Preallocator().preallocate(thin, format="qcow2")
+            Preallocator().preallocate(used, "rewrite", format="qcow2")
 
-        assert images.identity(thin) == before
+        assert images.identity(used) == before
 
 
 def test_file_of_the_temporary_name_that_a_guest_has_is_left_to_it(folder: pathlib.Path) -> None:
@@ -444,10 +451,10 @@ def test_file_of_the_temporary_name_that_a_guest_has_is_left_to_it(folder: pathl
         assert (os.listdir(folder), images.identity(folder / TEMPORARY)) == ([TEMPORARY], before)
 
 
-def test_refusing_a_disk_that_a_guest_has_leaves_nothing_beside_it(thin: pathlib.Path, folder: pathlib.Path) -> None:
-    with images.guest(thin):
+def test_refusing_a_disk_that_a_guest_has_leaves_nothing_beside_it(used: pathlib.Path, folder: pathlib.Path) -> None:
+    with images.guest(used):
         with pytest.raises(exceptions.ImageInUse):
-            Preallocator().preallocate(thin, format="qcow2")
+            Preallocator().preallocate(used, "rewrite", format="qcow2")
 
         assert sorted(os.listdir(folder)) == ["base.raw", "disk"]
 

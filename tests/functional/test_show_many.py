@@ -93,11 +93,13 @@ def test_error_with_one_disk_keeps_the_others_in_their_order(watched: Watched, m
     os.truncate(many[5], 100)
     os.unlink(many[9])
 
-    process = watched.show("-f", "value", "-c", "path", *many)
+    process = watched.show("-f", "json", *many)
     out, err = process.communicate(timeout=120)
 
     assert process.returncode == 1
-    assert out.split() == [path for path in many if path not in (many[5], many[9])]
+    rows = json.loads(out)
+    assert [row["path"] for row in rows] == many
+    assert [row["path"] for row in rows if row["error"]] == [many[5], many[9]]
     assert [line.partition(": ")[0] for line in err.splitlines()] == [many[5], many[9]]
 
 

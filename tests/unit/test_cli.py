@@ -7,6 +7,7 @@ from importlib import metadata
 import json
 import logging
 import os
+import pathlib
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from oslo_utils import units
 import pytest
 
 from imgprealloc import cli
+from imgprealloc import instances
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 
@@ -26,6 +28,7 @@ Run = Callable[..., Any]
 
 # As design and documentation promise them to scripts.
 KEYS = [
+    "instance",
     "path",
     "format",
     "virtual_size",
@@ -36,9 +39,12 @@ KEYS = [
     "mapped_clusters",
     "fragmented_clusters",
     "shared_bytes",
+    "in_use",
     "state",
     "shortfall",
+    "error",
 ]
+INSTANCE = "0d7a2c1e-53b7-4e0c-9f52-3b1f0c6d9a11"
 
 
 @pytest.fixture
@@ -82,6 +88,7 @@ def test_show_gives_scripts_plain_bytes_and_counts(host: Host, run: Run) -> None
     (shown,) = json.loads(run("show", "-f", "json", disk).out)
 
     assert {key: shown[key] for key in KEYS if key not in ("allocated_size", "shortfall")} == {
+        "instance": None,
         "path": disk,
         "format": "qcow2",
         "virtual_size": SIZE,
@@ -91,7 +98,9 @@ def test_show_gives_scripts_plain_bytes_and_counts(host: Host, run: Run) -> None
         "mapped_clusters": 128,
         "fragmented_clusters": 0,
         "shared_bytes": units.Mi,
+        "in_use": False,
         "state": "thin",
+        "error": None,
     }
     assert isinstance(shown["shortfall"], int)
     assert shown["allocated_size"] == os.stat(disk).st_blocks * 512
@@ -113,6 +122,87 @@ def test_show_gives_people_a_table_with_readable_sizes(host: Host, run: Run) -> 
     assert shown.out.startswith("+--")
     assert "| 3 GiB " in shown.out
     assert "| 1.5 GiB " in shown.out
+
+
+def test_disk_that_cannot_be_read_is_a_row_with_its_error(host: Host, run: Run) -> None:
+    shown = run("show", "-f", "json", host.path("missing"), host.raw())
+
+    failed, read = json.loads(shown.out)
+    assert (failed["path"], failed["state"], failed["virtual_size"]) == (host.path("missing"), None, None)
+    assert failed["error"] == f"{host.path('missing')}: there is no such file. Check the path."
+    assert (read["state"], read["error"]) == ("thin", None)
+    assert "| error " in run("show", host.path("missing")).out
+
+
+def instance_with(host: Host, *names: str) -> str:
+    """Make an instance's folder with disks; return it."""
+    folder = host.path(INSTANCE)
+    os.mkdir(folder)
+    for name in names:
+        host.raw(name=os.path.join(INSTANCE, name))
+    return folder
+
+
+def test_disk_is_told_with_its_instance(host: Host, run: Run) -> None:
+    disk = os.path.join(instance_with(host, "disk"), "disk")
+
+    (shown,) = json.loads(run("show", "-f", "json", disk).out)
+
+    assert (shown["instance"], shown["path"]) == (INSTANCE, disk)
+
+
+def test_table_fits_80_characters_and_ends_with_a_sum(host: Host, run: Run) -> None:
+    folder = instance_with(host, "disk", "disk.eph0", "disk.swap")
+    host.raw(name=os.path.join(INSTANCE, "disk.local"), held=SIZE)
+
+    lines = run("show", folder).out.splitlines()
+
+    assert max(map(len, lines[:-1])) <= 80
+    assert [line.split()[1] for line in lines[3:-2]] == [INSTANCE[:8]] * 4
+    assert f": 3 thin, 1 preallocated; {disks.Size(3 * SIZE).human_readable()} short, " in lines[-1]
+    assert lines[-1].endswith(" available")
+
+
+def test_long_table_has_paths(host: Host, run: Run) -> None:
+    disk = host.raw()
+
+    assert disk in run("show", "--long", disk).out
+
+
+def test_folder_stands_for_the_disks_in_it_and_nothing_else(host: Host, run: Run) -> None:
+    folder = instance_with(host, "disk", "disk.eph10", "disk.config", "disk.info", "disk.rescue", "console.log")
+    host.raw(name="disk.swap")
+    host.raw(name="base")
+
+    shown = run("show", "-f", "value", "-c", "path", host.folder)
+
+    paths = [os.path.join(folder, "disk"), os.path.join(folder, "disk.eph10"), host.path("disk.swap")]
+    assert (shown.status, shown.out.split()) == (0, paths)
+
+
+@pytest.mark.parametrize("verb", ["show", "allocate"])
+def test_without_a_path_all_instances_of_this_host_are_meant(
+    host: Host, run: Run, verb: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = instance_with(host, "disk")
+    home = tmp_path / "home"
+    (home / ".nova").mkdir(parents=True)
+    (home / ".nova" / "nova.conf").write_text(
+        f"[DEFAULT]\nstate_path = {host.folder}\ninstances_path = $state_path/.\n"
+    )
+    monkeypatch.setenv("HOME", str(home))
+
+    shown = run(verb, "-f", "value", "-c", "path", "--disk-format", "raw")
+
+    assert (shown.status, os.path.realpath(shown.out.strip())) == (0, os.path.join(folder, "disk"))
+
+
+def test_folder_that_is_not_there_is_an_error(host: Host, run: Run) -> None:
+    with fixtures.MockPatchObject(instances, "configured_path", lambda: host.path("nowhere")):
+        ended = run("show")
+
+    assert ended.status == 1
+    assert host.path("nowhere") in ended.err
 
 
 def test_show_gives_one_word_where_one_is_asked_for(host: Host, run: Run) -> None:
@@ -149,7 +239,7 @@ def test_disk_that_cannot_be_read_does_not_keep_the_rest_from_being_shown(host: 
 
     # An error weighs more than a disk that is thin.
     assert shown.status == 1
-    assert shown.out.split() == [host.path("disk"), host.path("other")]
+    assert shown.out.split() == paths
     assert f"{host.path('missing')}: there is no such file" in shown.err
 
 
@@ -178,7 +268,7 @@ def test_show_tells_disks_and_errors_in_the_order_that_was_asked_for(host: Host,
 
     shown = run("show", "--check", "-f", "value", "-c", "path", *paths)
 
-    assert (shown.status, shown.out.split()) == (1, [path for number, path in enumerate(paths) if number % 3])
+    assert (shown.status, shown.out.split()) == (1, paths)
     assert [line.partition(": ")[0] for line in shown.err.splitlines()] == paths[::3]
 
 
@@ -279,10 +369,35 @@ def test_allocate_rewrites_a_disk_with_data_only_when_it_is_told_to(
     assert (shown.status, shown.out) == (0, f"{state}\n")
 
 
+def test_request_that_is_not_carried_out_is_1_and_says_what_would_do_it(host: Host, run: Run) -> None:
+    disk = host.overlay(mapped=0.5)
+
+    metadata = run("allocate", "--mode", "metadata", "--disk-format", "qcow2", "-f", "json", disk)
+    full = run("allocate", "--mode", "full", "--disk-format", "qcow2", "-f", "json", disk)
+
+    assert (metadata.status, full.status) == (1, 1)
+    for ended, state in ((metadata, "thin"), (full, "reserved")):
+        (row,) = json.loads(ended.out)
+        assert row["state"] == state
+        assert "--rewrite" in row["error"]
+        assert row["error"] in ended.err
+
+
+def test_rewriting_that_has_no_room_is_1(host: Host, run: Run) -> None:
+    disk = host.overlay(mapped=0.5, held=SIZE - units.Mi)
+    host.available = 12 * units.Mi
+
+    ended = run("allocate", "--rewrite", "--disk-format", "qcow2", "-f", "json", disk)
+
+    assert ended.status == 1
+    assert json.loads(ended.out)[0]["state"] == "reserved"
+    assert "was not rewritten" in ended.err
+
+
 def test_allocate_goes_on_after_a_disk_that_it_cannot_preallocate(host: Host, run: Run) -> None:
     shown = run("allocate", "-f", "value", "-c", "path", host.path("missing"), host.raw())
 
-    assert (shown.status, shown.out) == (1, f"{host.path()}\n")
+    assert (shown.status, shown.out.split()) == (1, [host.path("missing"), host.path()])
     assert host.disk().held == SIZE
 
 
@@ -349,6 +464,9 @@ def test_disk_of_which_nothing_is_noted_is_what_it_looks_like(host: Host, run: R
         ("1K", 1024),
         ("512M", 512 * units.Mi),
         ("10G", 10 * units.Gi),
+        ("10g", 10 * units.Gi),
+        ("1.5G", 3 * units.Gi // 2),
+        ("0.5KiB", 512),
         ("10GB", 10 * units.Gi),
         ("10GiB", 10 * units.Gi),
         ("2T", 2 * units.Ti),
@@ -381,21 +499,20 @@ def test_size_is_readable_in_a_table(value: int, readable: str) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["show"],
         ["show", "--disk-format", "vmdk", "disk"],
         ["show", "-f", "word", "disk"],
         ["show", "--no-such-option", "disk"],
         ["create", "disk"],
         ["create", "disk", "many"],
         ["create", "disk", "1X"],
-        ["create", "disk", "1.5G"],
+        ["create", "disk", "1.5"],
+        ["create", "disk", "0.0001K"],
         ["create", "disk", "-5"],
         ["create", "--mode", "thin", "disk", "1M"],
         ["create", "--overlay-cluster-size", "5", "disk", "1M"],
         ["create", "--overlay-cluster-size", "4K", "disk", "1M"],
         ["create", "--overlay-cluster-size", "4M", "disk", "1M"],
         ["create", "--overlay-cluster-size", "96K", "disk", "1M"],
-        ["allocate"],
         ["allocate", "--on-unsupported", "falloc", "disk"],
         ["allocate", "--overlay-cluster-size", "0", "disk"],
         ["resize", "disk"],
@@ -443,6 +560,33 @@ def test_error_is_1_and_told_in_one_line(
     assert said in ended.err
     assert ended.err.count("\n") == 1
     assert host.files == ["present"]
+
+
+@pytest.mark.parametrize("verb", ["show", "create", "allocate", "resize", "check-nova"])
+def test_help_of_a_verb_is_the_verb_s(run: Run, verb: str) -> None:
+    told = run(verb, "--help")
+
+    assert told.status == 0
+    assert f" {verb} [-h]" in told.out
+
+
+def test_without_arguments_the_help_is_printed(run: Run) -> None:
+    told = run()
+
+    assert told.status == 0
+    assert "allocate" in told.out
+
+
+def test_verbose_tells_what_is_done_and_not_how_tables_are_made(host: Host, run: Run) -> None:
+    told = run("-v", "allocate", host.raw())
+
+    assert "thin before, preallocated now" in told.err
+    assert "EntryPoint" not in told.err
+
+
+def test_debug_shows_where_an_error_came_from(host: Host, run: Run) -> None:
+    assert "Traceback" in run("--debug", "show", host.path("missing")).err
+    assert "Traceback" not in run("show", host.path("missing")).err
 
 
 def test_command_that_there_is_not_is_2(run: Run) -> None:
