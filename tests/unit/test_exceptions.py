@@ -59,7 +59,7 @@ def refused(host: Host) -> None:
 def in_use(host: Host) -> None:
     path = host.overlay()
     with opened_by_qemu(path):
-        in_format.qcow2().preallocate(path)
+        in_format.qcow2().preallocate(path, "rewrite")
 
 
 def unsupported_format(host: Host) -> None:

@@ -168,6 +168,7 @@ def test_generated_sample_has_every_option_at_its_default(sample: str) -> None:
         "on_unsupported": "metadata",
         "existing_disks": "reserve",
         "protect_from_discard": "true",
+        "heal_interval": "600",
         "overlay_cluster_size": "131072",
         "overlay_subclusters": "unallocated",
     }
