@@ -7,6 +7,7 @@ import argparse
 from typing import Any, Optional
 
 from imgprealloc.cli import disks
+from imgprealloc.cli import working
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
@@ -22,7 +23,7 @@ class Allocate(disks.Allocating):
             action="store_true",
             help="copy disks that have data into preallocated ones, instead of only reserving their space",
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=disks.PATHS)
+        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
@@ -36,7 +37,7 @@ class Allocate(disks.Allocating):
         def lack(image: DiskImage) -> Optional[str]:
             return _lack(strategy, image, is_rewritten=parsed_args.rewrite)
 
-        return self.each(self.named(parsed_args.paths), work, parsed_args, lack=lack)
+        return self.shown(self.each(self.named(parsed_args.paths), work, lack=lack), parsed_args)
 
 
 def _lack(strategy: Preallocator, image: DiskImage, *, is_rewritten: bool) -> Optional[str]:

@@ -33,4 +33,4 @@ class Create(disks.Allocating):
                 backing_format=parsed_args.backing_format,
             )
 
-        return self.each([parsed_args.path], work, parsed_args)
+        return self.shown(self.each([parsed_args.path], work), parsed_args)

@@ -25,4 +25,4 @@ class Resize(disks.Allocating):
         def work(path: str) -> DiskImage:
             return self.preallocator(parsed_args).resize(path, parsed_args.size, format=parsed_args.disk_format)
 
-        return self.each([parsed_args.path], work, parsed_args)
+        return self.shown(self.each([parsed_args.path], work), parsed_args)

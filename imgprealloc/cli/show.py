@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import threading
 from typing import Any
 
 from imgprealloc import disk_file
@@ -15,6 +14,7 @@ from imgprealloc import log
 from imgprealloc import replacement
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
+from imgprealloc.cli import working
 from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
 
@@ -29,25 +29,23 @@ class Show(disks.Disks):
         parser.add_argument(
             "--check", action="store_true", help=f"exit with {_NOT_PREALLOCATED} if a disk is not preallocated"
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=disks.PATHS)
+        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Read the disks, as many at a time as there are CPUs; nothing is written, also of a running instance."""
-        not_preallocated = threading.Event()
+        paths = self.named(parsed_args.paths)
 
-        def work(path: str) -> DiskImage:
+        def look(path: str) -> DiskImage:
             # Also where a crash has come before there was a disk.
             _tell_leftovers(path)
-            image = Preallocator().inspect(path, format=parsed_args.disk_format)
-            if image.state != "preallocated":
-                not_preallocated.set()
-            return image
+            return Preallocator().inspect(path, format=parsed_args.disk_format)
 
-        shown = self.each(self.named(parsed_args.paths), work, parsed_args, abreast.cpus())
-        if parsed_args.check and not_preallocated.is_set() and not self.status:
+        outcomes = self.each(paths, look, at_once=abreast.cpus())
+        states = {outcome.image.state for outcome in outcomes if outcome.image}
+        if parsed_args.check and states - {"preallocated"} and not self.status:
             self.status = _NOT_PREALLOCATED
-        return shown
+        return self.shown(outcomes, parsed_args)
 
 
 def _tell_leftovers(path: str) -> None:

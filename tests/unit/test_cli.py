@@ -9,11 +9,13 @@ import logging
 import os
 import pathlib
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import fixtures
 from oslo_utils import units
+from prometheus_client import parser
 import pytest
 
 from imgprealloc import cli
@@ -308,6 +310,107 @@ def test_show_does_not_take_somebody_s_file_for_what_a_crash_has_left(host: Host
     assert run("show", host.raw()).err == ""
 
 
+# check
+
+
+@pytest.mark.parametrize(
+    ("mapped", "held", "level", "status", "word"),
+    [
+        (1.0, None, "preallocated", 0, "OK"),
+        (0.5, None, "held", 1, "WARNING"),
+        (0.5, 30 * units.Mi, "held", 0, "OK"),
+        (0.5, 30 * units.Mi, "preallocated", 1, "WARNING"),
+    ],
+)
+def test_check_says_in_one_line_whether_disks_have_their_space(
+    host: Host, run: Run, mapped: float, held: int | None, level: str, status: int, word: str
+) -> None:
+    disk = host.overlay(mapped=mapped, held=held)
+
+    told = run("check", "--level", level, disk)
+
+    assert told.status == status
+    assert told.out.startswith(f"DISKS {word}: 1 ")
+    assert told.out.count("\n") == 1
+
+
+def test_check_gives_performance_data(host: Host, run: Run) -> None:
+    told = run("check", host.raw(held=SIZE), host.raw(name="thin"))
+
+    assert told.out == (
+        f"DISKS WARNING: 1 preallocated, 1 thin | short={SIZE}B errors=0 thin=1 reserved=0 mapped=0 preallocated=1\n"
+    )
+
+
+def test_filesystem_that_cannot_give_what_its_disks_may_ask_for_is_critical(host: Host, run: Run) -> None:
+    disk = host.raw(name="thin")
+    host.available = SIZE - 1
+
+    told = run("check", disk, host.path("missing"))
+
+    assert told.status == 2
+    assert told.out.startswith("DISKS CRITICAL: ")
+    assert f"has {SIZE - 1} bytes, and its disks are {SIZE} short" in told.out
+
+
+def test_disk_that_cannot_be_read_is_unknown(host: Host, run: Run) -> None:
+    told = run("check", host.path("missing"), host.raw(held=SIZE))
+
+    assert (told.status, told.out.partition(":")[0]) == (3, "DISKS UNKNOWN")
+    assert "1 cannot be read" in told.out
+
+
+# metrics
+
+
+def metrics(text: str) -> dict[str, float]:
+    """Read them as Prometheus does."""
+    families = parser.text_string_to_metric_families(text)
+    return {
+        f"{sample.name}{''.join(value for _, value in sorted(sample.labels.items())[1:])}": sample.value
+        for family in families for sample in family.samples
+    }  # fmt: skip
+
+
+def test_metrics_tell_states_and_bytes_by_filesystem(host: Host, run: Run) -> None:
+    host.available = 5 * units.Gi
+
+    told = run("metrics", host.raw(held=SIZE), host.raw(name="thin"), host.path("missing"))
+
+    assert told.status == 1
+    found = metrics(told.out)
+    assert time.time() - found.pop("imgprealloc_look_timestamp_seconds") < 600
+    assert found == {
+        "imgprealloc_disksthin": 1,
+        "imgprealloc_disksreserved": 0,
+        "imgprealloc_disksmapped": 0,
+        "imgprealloc_diskspreallocated": 1,
+        "imgprealloc_short_bytes": SIZE,
+        "imgprealloc_available_bytes": 5 * units.Gi,
+        "imgprealloc_errors": 1,
+    }
+
+
+def test_metrics_are_written_to_a_file_that_is_whole_or_as_it_was(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "imgprealloc.prom"
+    target.write_text("old")
+    before = target.stat().st_ino
+
+    told = run("metrics", "-o", str(target), host.raw(held=SIZE))
+
+    assert (told.status, told.out) == (0, "")
+    assert metrics(target.read_text())["imgprealloc_diskspreallocated"] == 1
+    assert target.stat().st_ino != before
+    assert os.listdir(tmp_path).count("imgprealloc.prom") == 1
+
+
+def test_metrics_that_cannot_be_written_are_an_error(host: Host, run: Run) -> None:
+    told = run("metrics", "-o", "/nowhere/imgprealloc.prom", host.raw(held=SIZE))
+
+    assert told.status == 1
+    assert "/nowhere/imgprealloc.prom: No such file or directory" in told.err
+
+
 # The others do what they say.
 
 
@@ -562,7 +665,7 @@ def test_error_is_1_and_told_in_one_line(
     assert host.files == ["present"]
 
 
-@pytest.mark.parametrize("verb", ["show", "create", "allocate", "resize", "check-nova"])
+@pytest.mark.parametrize("verb", ["show", "check", "metrics", "create", "allocate", "resize", "check-nova"])
 def test_help_of_a_verb_is_the_verb_s(run: Run, verb: str) -> None:
     told = run(verb, "--help")
 

@@ -38,8 +38,9 @@ FLOORS = (
     {"nova", "extra_specs"},
     {"check_nova"},
     {"cli.abreast", "cli.signals"},
+    {"cli.working"},
     {"cli.disks"},
-    {"cli.allocate", "cli.check_nova", "cli.create", "cli.resize", "cli.show"},
+    {"cli.allocate", "cli.check", "cli.metrics", "cli.check_nova", "cli.create", "cli.resize", "cli.show"},
     {"cli"},
     {"cli.__main__"},
 )

@@ -18,8 +18,8 @@ import pytest
 
 from imgprealloc import cli
 from imgprealloc.cli import abreast
-from imgprealloc.cli import disks
 from imgprealloc.cli import signals
+from imgprealloc.cli import working
 
 from .host import Host
 
@@ -166,7 +166,7 @@ def test_line_tells_what_became_of_the_disk(
 ) -> None:
     disk = tmp_path / "disk"
     make(disk)
-    before = disks._stamp(str(disk))
+    before = working._stamp(str(disk))
     change(disk)
 
-    assert disks._became(before, disks._stamp(str(disk))).startswith(became)
+    assert working._became(before, working._stamp(str(disk))).startswith(became)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs share that work on disks: which disks are meant, what became of each, errors and signals."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import os
+from typing import Optional
+
+from cliff import command
+from oslo_config import cfg
+
+from imgprealloc import exceptions
+from imgprealloc import filesystem
+from imgprealloc import instances
+from imgprealloc.cli import abreast
+from imgprealloc.cli import signals
+from imgprealloc.image import DiskImage
+from imgprealloc.image import FileStamp
+from imgprealloc.image import State
+from imgprealloc.preallocator import FORMATS
+from imgprealloc.preallocator import Preallocator
+
+PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one disk that was asked for.
+
+    :param image: as it is now; None where it could not be read
+    :param error: why what was asked for is not done
+    """
+
+    path: str
+    image: Optional[DiskImage]
+    error: Optional[str]
+
+    @property
+    def instance(self) -> Optional[str]:
+        """The UUID of the instance that it is of."""
+        return instances.instance_of(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filesystem:
+    """The disks of one filesystem.
+
+    :param states: how many disks are in which
+    :param short: bytes that they may still ask for
+    :param available: bytes that there are
+    """
+
+    mount_point: str
+    states: collections.Counter[State]
+    short: int
+    available: int
+
+
+class Working(command.Command):
+    """A command that works on disks, one or all that there are."""
+
+    status = 0
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--disk-format",
+            choices=sorted(FORMATS),
+            help="the disk's format; else what Nova's disk.info beside it says, else a guess by its first bytes, "
+            "under which no byte of it is changed",
+        )
+        return parser
+
+    def named(self, paths: Sequence[str]) -> list[str]:
+        """List the disks that paths name: files, and folders with disks, or with instances, in them.
+
+        :param paths: none stands for all disks of all instances of this host
+        """
+        found: list[str] = []
+        try:
+            for path in paths or [instances.configured_path()]:
+                below = instances.disks_below(path) if os.path.isdir(path) else [path]
+                if not below:
+                    self.app.LOG.warning("%s: there is no disk of an instance in it", path)
+                found += below
+        except OSError as exc:
+            self.app.LOG.error("%s: %s. Check the path and its permissions.", exc.filename, exc.strerror)
+            self.status = 1
+        except cfg.Error as exc:
+            self.app.LOG.error("nova.conf does not tell where instances are: %s. Name a folder.", exc)
+            self.status = 1
+        return found
+
+    def each(
+        self,
+        paths: Sequence[str],
+        work: Callable[[str], DiskImage],
+        *,
+        at_once: int = 1,
+        lack: Callable[[DiskImage], Optional[str]] = lambda image: None,
+    ) -> list[Outcome]:
+        """Work on the disks; an error with one does not keep the rest from it.
+
+        :param at_once: how many may be worked on at the same time
+        :param lack: says of a disk that has been worked on what of the request is
+            not done
+        """
+        outcomes = []
+        with contextlib.closing(abreast.in_order(work, paths, min(at_once, len(paths)))) as results:
+            for path in paths:
+                before = _stamp(path)
+                try:
+                    image = next(results)()
+                    error = lack(image)
+                    if error is not None:
+                        error = f"{path}: {error}"
+                        self._tell(error)
+                    outcomes.append(Outcome(path, image, error))
+                except (exceptions.PreallocationError, OSError) as exc:
+                    self._tell(exc)
+                    outcomes.append(Outcome(path, None, str(exc)))
+                except signals.Stopped as stopped:
+                    stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
+                    raise
+        return outcomes
+
+    def look_at(self, parsed_args: argparse.Namespace) -> list[Outcome]:
+        """Read the disks that are meant, as many at a time as there are CPUs; also of running instances."""
+
+        def look(path: str) -> DiskImage:
+            return Preallocator().inspect(path, format=parsed_args.disk_format)
+
+        return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
+
+    def _tell(self, error: object) -> None:
+        self.status = 1
+        self.app.LOG.error(error, exc_info=self.app.options.debug)
+
+
+def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:
+    """Add up the disks that could be read, for each filesystem that can be asked."""
+    of_device: dict[int, list[DiskImage]] = {}
+    for outcome in outcomes:
+        if outcome.image is not None:
+            of_device.setdefault(outcome.image.stamp.device, []).append(outcome.image)
+    for images in of_device.values():
+        folder = os.path.dirname(os.path.realpath(images[0].path))
+        with contextlib.suppress(OSError):
+            yield Filesystem(
+                mount_point=_mount_point(folder),
+                states=collections.Counter(image.state for image in images),
+                short=sum(image.shortfall for image in images),
+                available=filesystem.available(folder),
+            )
+
+
+def _mount_point(folder: str) -> str:
+    while not os.path.ismount(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _stamp(path: str) -> Optional[FileStamp]:
+    try:
+        return FileStamp.from_stat(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def _became(before: Optional[FileStamp], after: Optional[FileStamp]) -> str:
+    """Say what has become of a disk that was being worked on."""
+    if before == after:
+        return "was not made" if after is None else "is as it was"
+    if before is None:
+        return "is made, and whole"
+    if after is None:
+        return "cannot be looked at any more"
+    if before.inode != after.inode:
+        return "is done: the new file has its place, with the same content"
+    return "has its content, and is not done: what was under way in it has been cut short; give the command again"
