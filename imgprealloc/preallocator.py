@@ -197,6 +197,8 @@ class Preallocator(Settings):
             word = record.word(file, format)
             strategy = self._format(file, word)
             record.require_certain(file, word, "it is not grown")
+            # Also where a growth was killed after it had come to its end, and there is nothing left to grow.
+            replacement.remove_leftovers(file)
             before = strategy.read(file)
             _check_size(path, size)
             size = _round_up(size, SECTOR)
@@ -204,31 +206,39 @@ class Preallocator(Settings):
                 raise exceptions.InvalidSize(
                     path,
                     f"{size} bytes are not more than the {before.virtual_size} that it has",
-                    "A disk can only grow; shrinking would cut off data.",
+                    "A disk can only grow; shrinking would cut off data. What it may lack of its space, "
+                    "imgprealloc allocate sets aside.",
                 )
             promise = self._promise(file)
             lock.refuse_users(path, file.fd)
             file.refuse_changed(before.stamp)
-            replacement.remove_leftovers(file)
             try:
-                strategy.grow(file, before, size, promise)
+                # Within, for what the system refuses half way, too.
+                with os_errors.translated(path):
+                    after = self._grown(strategy, file, before, size, promise)
             except exceptions.PreallocationError as exc:
                 if file.stamp() != before.stamp:
-                    exc.remedy += " Its growth was cut short; what it holds is as it was. Check it with qemu-img check."
                     with contextlib.suppress(exceptions.PreallocationError):
                         strategy.recover(file)
+                    exc.remedy += f" {_cut_short(strategy, file, before, size)}"
                 raise
-            after = strategy.read(file)
-            if after.virtual_size != size:
-                raise exceptions.BrokenImage(
-                    path,
-                    f"qemu-img said that it has grown the disk to {size} bytes, and it has {after.virtual_size}",
-                    "See whether this qemu-img works, then try again.",
-                )
-            kept = (before.state, *promise.states)
-            if before.state == "thin":
-                kept += ("reserved", "mapped")
-            return _logged(strategy.kept(after, promise, kept), promise, before.state, started)
+            return _logged(after, promise, before.state, started)
+
+    @staticmethod
+    def _grown(strategy: Format, file: DiskFile, before: DiskImage, size: int, promise: Promise) -> DiskImage:
+        """Grow a disk, and see what has become of it."""
+        strategy.grow(file, before, size, promise)
+        after = strategy.read(file)
+        if after.virtual_size != size:
+            raise exceptions.BrokenImage(
+                file.path,
+                f"qemu-img said that it has grown the disk to {size} bytes, and it has {after.virtual_size}",
+                "See whether this qemu-img works, then try again.",
+            )
+        kept = (before.state, *promise.states)
+        if before.state == "thin":
+            kept += ("reserved", "mapped")
+        return strategy.kept(after, promise, kept)
 
     def _format(self, place: Place, word: Word) -> Format:
         """Return what knows a format, with these settings.
@@ -273,6 +283,22 @@ def _logged(after: DiskImage, promise: Promise, before: str, started: float) -> 
     seconds = time.monotonic() - started
     LOG.info("%s: mode %s, %s before, %s now, %.2f s", after.path, promise.mode, before, after.state, seconds)
     return after
+
+
+def _cut_short(strategy: Format, file: DiskFile, before: DiskImage, size: int) -> str:
+    """Say how large a disk is whose growth to size has failed, and what to do about it."""
+    try:
+        found = strategy.read(file).virtual_size
+    except (exceptions.PreallocationError, OSError):
+        return "Its growth was cut short, and it cannot be read now; see qemu-img check."
+    if found == before.virtual_size:
+        return f"It still has {found} bytes, and what it holds is as it was."
+    if found == size:
+        return (
+            f"It has the {found} bytes that it was to have all the same, and what it holds is as it was; what is left "
+            "to be done, imgprealloc allocate does."
+        )
+    return f"It has {found} bytes now of {size}, and what it holds is as it was; give the command again."
 
 
 def _check_size(path: str, size: int) -> None:

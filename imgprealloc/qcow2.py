@@ -136,11 +136,12 @@ class Qcow2(format.Format):
         if not over_zeros or size <= aligned:
             self._resize(file, image, size, preallocation)
         else:
-            if aligned > image.virtual_size:
-                self._resize(file, image, aligned, preallocation)
-                # Zeros over what was to be there by now would hide the base.
-                _refuse_other_size(file, aligned)
+            # Made first: without it the disk would stay at the size in between.
             with replacement.zeros(file, size) as zeros:
+                if aligned > image.virtual_size:
+                    self._resize(file, image, aligned, preallocation)
+                    # Zeros over what was to be there by now would hide the base.
+                    _refuse_other_size(file, aligned)
                 qemu_img.resize_over_zeros(file.path, file.program_name, size, zeros.program_name, promise.mode)
         format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
         if image.state == "reserved" and promise.holds_space:

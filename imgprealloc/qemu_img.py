@@ -66,7 +66,6 @@ def version(path: str = "qemu-img") -> tuple[int, ...]:
 def forget() -> None:
     """Ask for everything once more, as a new process would."""
     _version.cache_clear()
-    _measure.cache_clear()
 
 
 @functools.cache
@@ -293,28 +292,6 @@ def repair(path: str, name: str) -> None:
     """Mend the refcounts of a qcow2 image; what a guest reads stays. Its backing file is not opened."""
     image = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": name}})
     command.run(path, "qemu-img", "check", "-q", "-r", "all", "-f", "qcow2", image, exit_codes=(0, 1, 2, 3))
-
-
-def measure(path: str, size: int, format: str, options: Mapping[str, str]) -> int:
-    """Return the bytes that a new image of size needs with everything allocated.
-
-    :param path: the disk that it is asked for, for the error's text
-    :raises: BrokenImage, ProgramMissing, ProgramKilled, CommandFailed
-    """
-    try:
-        return _measure(size, format, tuple(options.items()))
-    except exceptions.PreallocationError as exc:
-        exc.path = path
-        raise
-
-
-# A host has few flavors, and so few shapes of disks.
-@functools.lru_cache(maxsize=256)
-def _measure(size: int, format: str, options: tuple[tuple[str, str], ...]) -> int:
-    said = command.run(
-        "qemu-img", "qemu-img", "measure", "--output=json", "-O", format, *_options(dict(options)), "--size", str(size)
-    )
-    return number("qemu-img", _json("qemu-img", said), "fully-allocated")
 
 
 def value(path: str, answer: Mapping[str, Any], *keys: str) -> Any:

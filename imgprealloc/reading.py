@@ -13,14 +13,11 @@ from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
+from imgprealloc import worst_case
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
 from imgprealloc.qcow2_header import Header
-
-# For what qemu-img measure does not foresee: the refcount table moves when it
-# grows, and leaves a gap.
-_SPARE_CLUSTERS = 4
 
 # The unit of all virtual sizes.
 SECTOR = 512
@@ -78,7 +75,7 @@ def qcow2(file: DiskFile) -> DiskImage:
     return _image(
         file,
         status,
-        max(status.st_size, _worst_case_size(path, header, virtual_size, image_end, growing)),
+        max(status.st_size, worst_case.size(header, image_end, clusters, growing)),
         format="qcow2",
         virtual_size=virtual_size,
         in_use=in_use,
@@ -144,24 +141,6 @@ def _refuse(path: str, header: Header) -> None:
 def _bitmaps(header: Header) -> int:
     # Without the mark they are out of date, for QEMU too.
     return header.bitmaps or 0 if header.has_bitmaps else 0
-
-
-def _worst_case_size(path: str, header: Header, virtual_size: int, image_end: int, growing: int) -> int:
-    """Return the length that a qcow2 file can grow to, in bytes.
-
-    :param image_end: where the last cluster in use ends
-    :param growing: clusters that may still be allocated
-    """
-    if not growing:
-        return image_end
-    shape = {"cluster_size": str(header.cluster_size), "refcount_bits": str(header.refcount_bits)}
-    if header.extended_l2:
-        shape["extended_l2"] = "on"
-    metadata = qemu_img.measure(path, virtual_size, "qcow2", shape) - virtual_size
-    # The measured image is dense; this file may have gaps, which want
-    # refcounts too.
-    refcounts = image_end * header.refcount_bits // (8 * header.cluster_size) + header.cluster_size
-    return image_end + (growing + _SPARE_CLUSTERS) * header.cluster_size + metadata + refcounts
 
 
 def _image(

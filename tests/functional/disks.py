@@ -24,6 +24,10 @@ SIZE = 4 * MiB
 GROWN = 6 * MiB
 NEW_SIZE = 5 * MiB
 
+# No multiples of a cluster, so that a growth under zeros is one in two steps.
+ODD_SIZE = 4 * MiB - 3 * 512
+ODD_GROWN = 6 * MiB + 5 * 512
+
 BASE_SIZE = 2 * MiB
 
 # The names of files beside a disk that a verb is at work on.
@@ -72,6 +76,9 @@ class Disks:
         for name in ("used", "blank"):
             images.qcow2(folder / name, SIZE, backing=self.base)
         images.qemu_io(folder / "used", "write -P 0x5a 1M 300k", "write -P 0xa5 3M 64k", "write -z 1536k 64k")
+        allocated = Preallocator(overlay_subclusters="allocated")
+        allocated.create(folder / "odd", ODD_SIZE, str(self.base), backing_format="raw")
+        images.qemu_io(folder / "odd", "write -P 0x5a 1M 300k", "write -P 0xa5 3M 64k", "write -z 1536k 64k")
         images.random_file(folder / "raw", MiB)
         os.truncate(folder / "raw", SIZE)
         self._contents = {name: content(folder / name, format) for name, format in _FORMATS.items()}
@@ -114,6 +121,13 @@ class Disks:
                 "create_raw", None, "raw", NEW_SIZE, lambda by, path: by.create(path, NEW_SIZE, format="raw"),
                 ("create",), overlay=False,
             ),
+        )  # fmt: skip
+
+    def odd_growth(self) -> Verb:
+        """Return a growth in two steps, from an odd size to an odd size."""
+        return Verb(
+            "grow_odd", "odd", "qcow2", ODD_GROWN, lambda by, path: by.resize(path, ODD_GROWN, format="qcow2"),
+            ("resize",),
         )  # fmt: skip
 
     def prepare(self, verb: Verb, path: pathlib.Path) -> None:
@@ -195,7 +209,7 @@ def examined(path: pathlib.Path, format: str) -> Examined:
     return _examined[key]
 
 
-_FORMATS = {"used": "qcow2", "blank": "qcow2", "raw": "raw"}
+_FORMATS = {"used": "qcow2", "blank": "qcow2", "odd": "qcow2", "raw": "raw"}
 
 
 def _preallocate(existing: str, format: str) -> Callable[[Preallocator, str], DiskImage]:

@@ -194,6 +194,6 @@ class FaultyPrograms:
 def faults(program: str, sub_command: str) -> Iterator[str]:
     """List what a program may do wrong."""
     yield from ANYWHERE
-    if sub_command in ("info", "check", "measure"):
+    if sub_command in ("info", "check"):
         yield from JSON
     yield from HALVES.get(sub_command, ())

@@ -130,6 +130,41 @@ def test_no_kill_loses_a_disk(
                 left.unlink()
 
 
+def test_no_kill_of_a_growth_by_an_odd_size_loses_a_disk(
+    disks: disks_module.Disks, place: pathlib.Path, pytestconfig: pytest.Config
+) -> None:
+    path, chance, verb = place / "disk", random.Random(SEED), disks.odd_growth()
+    modes = ("falloc", "full", "metadata")
+    times = {mode: time_of(verb, disks, path, mode) for mode in modes}
+    with tally.table(pytestconfig, f"SIGKILL of a growth in two steps (seed {SEED})") as counts:
+        for number in range(KILLS):
+            mode = modes[number % len(modes)]
+            after = chance.uniform(0, times[mode])
+            disks.prepare(verb, path)
+            pid = begin(verb, path, mode, f"kill-{number}")
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            with counts.case(verb, mode, f"killed after {after:.3f} s (kill {number})"):
+                assert not (found := processes.left_running(f"kill-{number}")), f"children are left: {found}"
+                disks.require_kept(verb, path)
+                # As it was, as it was asked for, or at the cluster in between.
+                size = images.info(path)["virtual-size"]
+                assert size in (disks_module.ODD_SIZE, disks_module.SIZE, verb.size), size
+                try:
+                    again = disks_module.attempt(verb, path, Preallocator(mode=mode))  # type: ignore[arg-type]
+                    if size == verb.size:
+                        assert isinstance(again, exceptions.InvalidSize), again
+                        assert names(place) == {"disk"}, f"{names(place)} after the next call"
+                        Preallocator(mode=mode).preallocate(path, "reserve", format="qcow2")  # type: ignore[arg-type]
+                    else:
+                        assert again is None, again
+                except (PreallocationError, OSError) as exc:
+                    raise AssertionError(f"the next call fails: {exc}") from exc
+                assert names(place) == {"disk"}, f"{names(place)} after the next call"
+                disks.require_done(verb, path)
+
+
 def killed_at(program: str, sub_command: str, verb: Verb, path: pathlib.Path, programs: FaultyPrograms) -> None:
     """Kill the command where it waits for a program."""
     process = waiting_at(program, sub_command, verb, path, programs)

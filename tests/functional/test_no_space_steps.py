@@ -22,6 +22,7 @@ from functional.disks import ZEROS
 from functional.disks import MiB
 from functional.disks import Verb
 from functional.disks import attempt
+from imgprealloc import Mode
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 from imgprealloc import command
@@ -251,6 +252,74 @@ def test_filesystem_that_becomes_read_only_in_between_loses_no_disk(
                 assert again is None, f"the next call fails: {again}"
                 require_nothing_lost(verb, disks, small.disk, None)
             at += 1
+
+
+def size_of(disk: pathlib.Path) -> int:
+    """Return the size that a disk has, for its guest."""
+    return int(images.info(disk)["virtual-size"])
+
+
+def require_grown_by_the_next_call(
+    verb: Verb, disks: disks_module.Disks, small: Small, mode: Mode, failed: PreallocationError | None
+) -> None:
+    """Require that a growth that has failed says how large the disk is, and that the next call does what is left."""
+    if failed is not None:
+        assert isinstance(failed, exceptions.NoSpace), failed
+        disks.require_kept(verb, small.disk)
+        found = size_of(small.disk)
+        assert str(found) in str(failed) or found == disks_module.ODD_SIZE, f"it has {found} bytes: {failed}"
+        assert {left.name for left in small.place.iterdir()} == {"disk"}
+        (small.mount_point / "filler").unlink()
+        again = attempt(verb, small.disk, Preallocator(mode=mode))
+        if found == verb.size:
+            assert isinstance(again, exceptions.InvalidSize), again
+            Preallocator(mode=mode).preallocate(small.disk, "reserve", format=verb.format)
+        else:
+            assert again is None, f"the next call fails: {again}"
+    require_nothing_lost(verb, disks, small.disk, None)
+    assert Preallocator().inspect(small.disk, format=verb.format).mapped
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_growth_by_an_odd_size_that_lacks_space_says_what_the_disk_is_and_is_done_by_the_next_call(
+    small: Small, disks: disks_module.Disks, pytestconfig: pytest.Config, taken_meanwhile: None, mode: Mode
+) -> None:
+    verb = disks.odd_growth()
+    with tally.table(pytestconfig, "growth that lacks space") as counts:
+        for kib in LADDER:
+            small.clear()
+            disks.prepare(verb, small.disk)
+            small.leave(kib)
+            failed = attempt(verb, small.disk, Preallocator(mode=mode))
+            with counts.case(verb, mode, f"{kib} KiB free"):
+                require_grown_by_the_next_call(verb, disks, small, mode, failed)
+    small.clear()
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_growth_whose_space_is_taken_between_two_steps_says_what_the_disk_is_and_is_done_by_the_next_call(
+    small: Small,
+    disks: disks_module.Disks,
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
+    taken_meanwhile: None,
+    mode: Mode,
+) -> None:
+    verb = disks.odd_growth()
+    with tally.table(pytestconfig, "growth that lacks space") as counts:
+        at = 1
+        while True:
+            small.clear()
+            disks.prepare(verb, small.disk)
+            with monkeypatch.context() as patch:
+                interference = Interference(patch, lambda: small.leave(0), at)
+                failed = attempt(verb, small.disk, Preallocator(mode=mode))
+            if not interference.has_come(at):
+                break
+            with counts.case(verb, mode, "before program", at):
+                require_grown_by_the_next_call(verb, disks, small, mode, failed)
+            at += 1
+    small.clear()
 
 
 def remove(disk: pathlib.Path, verb: Verb) -> None:

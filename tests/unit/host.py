@@ -48,7 +48,7 @@ _METADATA = units.Mi
 _SMALL_HOLES = 56 * units.Ki
 _EMPTY_FILE = 256 * units.Ki
 
-_READERS = ("info", "check", "measure", "map", "--version")
+_READERS = ("info", "check", "map", "--version")
 
 
 # By their modules.
@@ -258,7 +258,6 @@ class Host(Programs):
             "--version": lambda call: f"qemu-img version {self.version}\nCopyright (c) 2003-2022 Fabrice Bellard",
             "info": self._told(self._info),
             "check": self._told(self._check),
-            "measure": self._told(self._measure),
             "map": lambda call: json.dumps(self.map),
             "create": self._create,
             "convert": self._convert,
@@ -413,10 +412,6 @@ class Host(Programs):
             "leaks": disk.leaks,
         }
         return {**check, **{key: count for key, count in counts.items() if count}}
-
-    def _measure(self, call: Call) -> dict[str, Any]:
-        size = int(call.after("--size") or 0)
-        return {"required": _METADATA, "fully-allocated": size + _METADATA}
 
     def _create(self, call: Call) -> str:
         path, size = call.argv[-2], int(call.argv[-1])

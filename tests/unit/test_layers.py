@@ -25,7 +25,7 @@ FLOORS = (
     {"os_errors"},
     {"command"},
     {"qemu_img", "fallocate", "qcow2_header"},
-    {"subclusters", "cluster_map", "refcounts"},
+    {"subclusters", "cluster_map", "refcounts", "worst_case"},
     {"filesystem"},
     {"lock"},
     {"zeros", "disk_file"},

@@ -26,6 +26,7 @@ from .host import ENOSPC
 from .host import SIZE
 from .host import Call
 from .host import Host
+from .host import failure
 from .host import standing_lock
 from .in_format import InFormat
 
@@ -700,6 +701,78 @@ def test_in_mode_metadata_a_disk_that_cannot_mark_zeros_grows_thin_with_a_warnin
     assert "--preallocation=off" in call.argv
     assert image.state == "thin"
     assert len(logged(logging.WARNING)) == 1
+
+
+def failing_in(host: Host, step: int) -> None:
+    """Let qemu-img lack space in a step of a growth, and leave the disk as it is by then."""
+    grow, steps = host.answers["resize"], []
+
+    def limited(call: Call) -> str:
+        steps.append(call)
+        if len(steps) == step:
+            raise failure(call, 1, ENOSPC)
+        return grow(call)
+
+    host.answers["resize"] = limited
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_growth_that_lacks_space_in_its_second_step_says_how_large_the_disk_is_and_the_next_one_goes_on(
+    host: Host, mode: Mode
+) -> None:
+    path = subclustered(host, SIZE - CLUSTER + 512)
+    failing_in(host, 2)
+
+    with pytest.raises(exceptions.NoSpace, match=f"It has {SIZE} bytes now of {2 * SIZE}.*give the command again"):
+        in_format.qcow2(mode).resize(path, 2 * SIZE)
+
+    assert host.files == ["base", "disk"]
+    assert in_format.qcow2(mode).resize(path, 2 * SIZE).virtual_size == 2 * SIZE
+
+
+def test_zeros_are_there_before_the_first_step_so_that_their_lack_leaves_the_disk_as_it_was(host: Host) -> None:
+    path = subclustered(host, SIZE - CLUSTER + 512)
+
+    real = os.truncate
+
+    def full(target: int | str, length: int) -> None:
+        if isinstance(target, int) and os.readlink(f"/proc/self/fd/{target}").endswith("-zeros"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "zeros")
+        real(target, length)
+
+    with fixtures.MockPatchObject(os, "truncate", full), pytest.raises(exceptions.NoSpace):
+        in_format.qcow2().resize(path, 2 * SIZE)
+
+    assert host.run("resize") == []
+
+
+def test_growth_whose_file_cannot_be_filled_says_that_the_disk_has_its_size_and_what_does_the_rest(host: Host) -> None:
+    path = host.qcow2(mapped=1.0)
+
+    def with_a_hole() -> None:
+        host.disk().held -= 4096
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    host.then["resize"] = with_a_hole
+
+    told = f"It has the {2 * SIZE} bytes that it was to have.* allocate does"
+    with fixtures.MockPatchObject(fallocate, "reserve", full), pytest.raises(exceptions.NoSpace, match=told):
+        in_format.qcow2().resize(path, 2 * SIZE)
+
+    assert in_format.qcow2().preallocate(path, "reserve").state == "preallocated"
+
+
+def test_growth_that_is_given_again_when_it_was_done_removes_what_a_kill_has_left(host: Host) -> None:
+    path = host.qcow2(mapped=1.0)
+    with open(host.path(".disk.imgprealloc-zeros"), "wb") as left:
+        os.fchmod(left.fileno(), 0o1600)
+
+    with pytest.raises(exceptions.InvalidSize, match="imgprealloc allocate"):
+        in_format.qcow2().resize(path, SIZE)
+
+    assert host.files == ["disk"]
 
 
 def with_stray_bytes(host: Host) -> tuple[str, int]:

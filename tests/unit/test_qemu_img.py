@@ -102,7 +102,6 @@ def test_check_that_could_not_be_made_is_a_failure(programs: Programs, status: i
     [
         ("info", lambda: qemu_img.info(DISK, NAME, "raw")),
         ("check", lambda: qemu_img.check(DISK, NAME, "qcow2")),
-        ("measure", lambda: qemu_img.measure(DISK, 1, "qcow2", {})),
     ],
 )
 def test_answer_that_is_no_json_object_is_an_error_that_names_the_disk(
@@ -123,63 +122,6 @@ def test_flood_of_nonsense_is_not_quoted_in_full(programs: Programs) -> None:
         qemu_img.info(DISK, NAME, "raw")
 
     assert len(str(caught.value)) < 500
-
-
-def test_measure_gives_the_size_with_everything_allocated(programs: Programs) -> None:
-    programs.answers["measure"] = said({"required": 1, "fully-allocated": 1074135040})
-
-    assert qemu_img.measure(DISK, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1074135040
-    assert programs.calls[0].after("--size") == str(units.Gi)
-    assert programs.calls[0].options == {"cluster_size": "65536"}
-
-
-def test_same_shape_is_measured_once(programs: Programs) -> None:
-    programs.answers["measure"] = said({"required": 1, "fully-allocated": 1074135040})
-
-    for disk in (DISK, "/instances/2/disk"):
-        assert qemu_img.measure(disk, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1074135040
-
-    assert len(programs.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [(2 * units.Gi, {"cluster_size": "65536"}), (units.Gi, {"cluster_size": "131072"}),
-     (units.Gi, {"cluster_size": "65536", "extended_l2": "on"})],
-)  # fmt: skip
-def test_other_shape_is_measured_anew(programs: Programs, size: int, options: dict[str, str]) -> None:
-    programs.answers["measure"] = lambda call: json.dumps({"fully-allocated": len(programs.calls)})
-
-    assert qemu_img.measure(DISK, units.Gi, "qcow2", {"cluster_size": "65536"}) == 1
-    assert qemu_img.measure(DISK, size, "qcow2", options) == 2
-
-
-def test_measure_that_failed_is_tried_again_and_names_the_disk_that_it_was_for(programs: Programs) -> None:
-    programs.answers["measure"] = said({"fully-allocated": 5})
-    programs.ends("measure", 1, "qemu-img: no")
-
-    for disk in (DISK, "/instances/2/disk"):
-        with pytest.raises(exceptions.CommandFailed) as caught:
-            qemu_img.measure(disk, units.Gi, "qcow2", {})
-        assert caught.value.path == disk
-        assert str(caught.value).startswith(f"{disk}: ")
-    programs.ends("measure", 0)
-    assert qemu_img.measure(DISK, units.Gi, "qcow2", {}) == 5
-
-
-def test_measure_without_a_size_in_it_is_an_error(programs: Programs) -> None:
-    programs.answers["measure"] = said({"required": 1})
-
-    with pytest.raises(exceptions.BrokenImage, match="'fully-allocated'"):
-        qemu_img.measure(DISK, units.Gi, "qcow2", {})
-
-
-@pytest.mark.parametrize("wrong", [None, -1, "1074135040", [], True])
-def test_measure_with_nonsense_for_a_size_is_an_error(programs: Programs, wrong: object) -> None:
-    programs.answers["measure"] = said({"required": 1, "fully-allocated": wrong})
-
-    with pytest.raises(exceptions.BrokenImage, match="fully-allocated"):
-        qemu_img.measure(DISK, units.Gi, "qcow2", {})
 
 
 @pytest.mark.parametrize("wrong", [None, -1, "1", 1.0, True, [1], {}])

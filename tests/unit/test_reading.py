@@ -118,7 +118,6 @@ def test_mapped_disk_grows_no_further_than_its_last_cluster(host: Host) -> None:
     image = read_qcow2(path)
 
     assert image.worst_case_size == image.image_end == end
-    assert host.run("measure") == []
 
 
 def test_mapped_disk_with_a_hole_is_mapped(host: Host) -> None:
@@ -148,8 +147,8 @@ def test_disk_with_data_may_grow_by_what_is_unmapped_and_all_of_its_metadata(hos
     image = read_qcow2(host.qcow2(SIZE, mapped=0.25))
 
     missing = SIZE - SIZE // 4
-    assert image.worst_case_size >= image.image_end + missing + units.Mi
-    assert image.worst_case_size < image.image_end + missing + 2 * units.Mi
+    # An L2 table, and a refcount block.
+    assert image.worst_case_size == image.image_end + missing + 2 * 65536
 
 
 def test_disk_with_room_for_its_worst_case_is_reserved(host: Host) -> None:
@@ -170,22 +169,14 @@ def test_snapshot_lets_every_cluster_be_written_to_a_new_place(host: Host) -> No
     assert image.worst_case_size >= image.image_end + SIZE
 
 
-def test_worst_case_is_measured_with_the_image_s_own_geometry(host: Host) -> None:
-    read_qcow2(host.overlay(mapped=0.5, extended_l2=True, cluster_size=131072))
-
-    [call] = host.run("measure")
-    assert call.options == {"cluster_size": "131072", "refcount_bits": "16", "extended_l2": "on"}
-
-
 def test_wider_refcounts_take_more_room(host: Host) -> None:
-    path = host.qcow2(256 * units.Mi, mapped=0.5)
+    path = host.qcow2(units.Gi, mapped=0.5)
     narrow = read_qcow2(path).worst_case_size
 
     host.disk().refcount_bits = 64
     host.rewrite_header(path)
 
     assert read_qcow2(path).worst_case_size > narrow
-    assert [call.options["refcount_bits"] for call in host.run("measure")] == ["16", "64"]
 
 
 def test_compressed_clusters_are_not_mapped_because_a_write_moves_them(host: Host) -> None:
@@ -207,16 +198,9 @@ def test_bitmaps_that_are_out_of_date_are_none(host: Host) -> None:
 
 
 def test_look_at_a_disk_is_one_check(host: Host) -> None:
-    read_qcow2(host.overlay(mapped=1.0))
+    read_qcow2(host.overlay(mapped=0.5))
 
     assert [call.name for call in host.calls] == ["check"]
-
-
-def test_disks_of_one_shape_are_measured_once(host: Host) -> None:
-    worst_cases = {read_qcow2(host.overlay(mapped=0.5, name=name)).worst_case_size for name in ("disk", "other")}
-
-    assert len(worst_cases) == 1
-    assert [call.name for call in host.calls] == ["check", "measure", "check"]
 
 
 @pytest.mark.parametrize(("size", "seen"), [(SIZE + 1, SIZE), (SIZE + 511, SIZE), (511, 0)])
@@ -284,7 +268,6 @@ def test_fragmented_clusters_are_counted(host: Host) -> None:
         ("check", ("total-clusters",)),
         ("check", ("image-end-offset",)),
         ("check", ("check-errors",)),
-        ("measure", ("fully-allocated",)),
     ],
     ids=lambda value: value if isinstance(value, str) else ".".join(value),
 )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a qcow2 file can become by what its guest writes.
+
+QEMU's allocator (block/qcow2-refcount.c, alloc_clusters_noref) takes the first
+free clusters that follow each other and are enough for a whole request; there
+is no way for a guest to have it look anywhere but from the lowest free cluster
+on, or from where it was last. So, from a file's last cluster on, a file grows by
+no more than
+
+* a cluster for each one of the guest's that has none of its own yet,
+* all L2 tables: most may be missing, and with a snapshot each is copied,
+* a refcount block for each stretch of the file that one describes,
+* and, where the refcount table has to move because it is full, by what
+  qcow2_refcount_area sets up behind it: it begins where a refcount block's
+  stretch does, so that a gap is left, which longer requests may not fit in. With
+  clusters of 64 KiB and refcounts of 16 bits that is past 16 TiB; with 512 bytes,
+  past 8 MiB.
+
+This is a bound for all writes and zero writes while the guest gives no cluster
+back; and also where it does, if no request spans more than one cluster, because
+then the lowest free cluster is taken each time. A discard or a zero write that
+may unmap gives clusters back (with virtio-blk and QEMU before 9.1, a zero write
+even with discard=ignore; in a file of version 2 without a backing file, any). A
+longer request skips such gaps as are too small for it. There is no bound for
+that in the file's shape: a cluster that was given back may cost a new one as
+often as that is done. So it grows past this by no more than what was given back
+since, with its refcounts, and the next look tells what it can become from there.
+
+Layout: QEMU's docs/interop/qcow2.txt.
+"""
+
+from __future__ import annotations
+
+from oslo_utils import units
+
+from imgprealloc.qcow2_header import Header
+
+# Of a refcount table and an L1 table, in bytes.
+_ENTRY = 8
+_L2_ENTRY = 8
+_EXTENDED_L2_ENTRY = 16
+
+# QEMU splits what is longer (BDRV_REQUEST_MAX_BYTES).
+_LONGEST_REQUEST = 2 * units.Gi
+
+# New refcount blocks that are placed behind a request before the table moves.
+_BLOCKS_BEHIND = 3
+
+
+def size(header: Header, image_end: int, clusters: int, growing: int) -> int:
+    """Return the length that a qcow2 file can grow to, in bytes.
+
+    :param image_end: where the last cluster in use ends
+    :param clusters: of the virtual size
+    :param growing: those that may still be allocated, of a guest that gives none back
+    """
+    if not growing:
+        return image_end
+    cluster_size = header.cluster_size
+    in_a_block = cluster_size * 8 // header.refcount_bits
+    in_an_l2_table = cluster_size // (_EXTENDED_L2_ENTRY if header.extended_l2 else _L2_ENTRY)
+    longest = min(in_an_l2_table, max(1, _LONGEST_REQUEST // cluster_size))
+    end = _divided(image_end, cluster_size) + growing + _divided(clusters, in_an_l2_table)
+    entries = header.refcount_table_clusters * (cluster_size // _ENTRY)
+    while _with_refcounts(end, in_a_block) > entries * in_a_block:
+        full = entries * in_a_block
+        start = (full // in_a_block + _divided(longest + _BLOCKS_BEHIND, in_a_block)) * in_a_block
+        blocks, table = _moved(start, cluster_size, in_a_block)
+        # No refcount of these clusters is there yet.
+        end += start - full + blocks - start // in_a_block + table
+        # The next move comes the sooner, the less far this one has gone.
+        entries = _moved(full + in_a_block, cluster_size, in_a_block)[1] * (cluster_size // _ENTRY)
+    return _with_refcounts(end, in_a_block) * cluster_size
+
+
+def _with_refcounts(clusters: int, in_a_block: int) -> int:
+    """Add the refcount blocks that clusters need, and those blocks themselves."""
+    blocks = 0
+    while blocks != (blocks := _divided(clusters + blocks, in_a_block)):
+        pass
+    return clusters + blocks
+
+
+def _moved(start: int, cluster_size: int, in_a_block: int) -> tuple[int, int]:
+    """Return how many refcount blocks there are, and clusters in their table, once that has moved to start.
+
+    As qcow2_refcount_area() and qcow2_refcount_metadata_size() have it: the table
+    has half as many entries again as it needs.
+    """
+    in_a_table = cluster_size // _ENTRY
+    clusters, is_generous = start, False
+    blocks = table = 0
+    while True:
+        before = blocks, table
+        blocks = _divided(clusters + table + blocks, in_a_block)
+        table = _divided(blocks, in_a_table)
+        if (blocks, table) == before:
+            if is_generous:
+                return blocks, _divided(blocks + _divided(blocks, 2), in_a_table)
+            clusters, is_generous = clusters + _divided(table, 2), True
+
+
+def _divided(size: int, part: int) -> int:
+    """Divide, and round up."""
+    return -(-size // part)

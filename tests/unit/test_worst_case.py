@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a qcow2 file can become. That no guest gets past it is for functional/test_reserved_bound.py."""
+
+from __future__ import annotations
+
+import pathlib
+
+from oslo_utils import units
+import pytest
+
+from imgprealloc import qcow2_header
+from imgprealloc import worst_case
+from imgprealloc.qcow2_header import Header
+
+from . import qcow2_file
+
+KiB, MiB, GiB = units.Ki, units.Mi, units.Gi
+
+
+def header(path: pathlib.Path, cluster_size: int, *, refcount_order: int = 4, incompatible: int = 0) -> Header:
+    """Give the header of an image whose refcount table has one cluster."""
+    qcow2_file.write(
+        str(path / "disk"), cluster_bits=cluster_size.bit_length() - 1, refcount_order=refcount_order,
+        incompatible=incompatible,
+    )  # fmt: skip
+    with open(path / "disk", "rb") as file:
+        return qcow2_header.read("disk", file.fileno())
+
+
+def test_file_whose_clusters_are_all_there_ends_where_it_ends(tmp_path: pathlib.Path) -> None:
+    assert worst_case.size(header(tmp_path, 64 * KiB), 5 * MiB + 512, 80, 0) == 5 * MiB + 512
+
+
+def test_file_grows_by_its_clusters_its_tables_and_their_refcounts(tmp_path: pathlib.Path) -> None:
+    # 8192 clusters of 64 KiB are described by an L2 table, 32768 by a refcount block.
+    found = worst_case.size(header(tmp_path, 64 * KiB), 256 * KiB, 16 * 1024, 16 * 1024)
+
+    assert found == 256 * KiB + GiB + 2 * 64 * KiB + 64 * KiB
+
+
+def test_file_that_ends_within_a_cluster_has_the_rest_of_it_before_it_grows(tmp_path: pathlib.Path) -> None:
+    shape = header(tmp_path, 64 * KiB)
+
+    assert worst_case.size(shape, 256 * KiB - 1, 16, 16) == worst_case.size(shape, 256 * KiB, 16, 16)
+
+
+def test_refcount_blocks_describe_each_other_too(tmp_path: pathlib.Path) -> None:
+    # 1024 clusters are described by a block of 512 bytes and refcounts of 4 bits: 1022, an
+    # L2 table and the first block fill it, so that the second is one for itself.
+    shape = header(tmp_path, 512, refcount_order=2)
+
+    assert worst_case.size(shape, 512, 1, 1) == 4 * 512
+    assert worst_case.size(shape, 1021 * 512, 1, 1) == 1024 * 512
+    assert worst_case.size(shape, 1022 * 512, 1, 1) == 1026 * 512
+
+
+def test_subclusters_take_twice_the_tables(tmp_path: pathlib.Path) -> None:
+    plain = worst_case.size(header(tmp_path, 64 * KiB), 0, 16 * 1024, 16 * 1024)
+    extended = worst_case.size(
+        header(tmp_path, 64 * KiB, incompatible=qcow2_file.EXTENDED_L2), 0, 16 * 1024, 16 * 1024
+    )  # fmt: skip
+
+    assert extended - plain == 2 * 64 * KiB
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "size", "most"),
+    [(64 * KiB, 40 * GiB, 8 * MiB), (64 * KiB, 1024 * GiB, 193 * MiB), (128 * KiB, 40 * GiB, 6 * MiB)],
+)
+def test_promise_costs_less_than_a_part_in_five_thousand_more(
+    tmp_path: pathlib.Path, cluster_size: int, size: int, most: int
+) -> None:
+    shape = header(tmp_path, cluster_size, incompatible=qcow2_file.EXTENDED_L2 if cluster_size > 64 * KiB else 0)
+
+    assert 0 < worst_case.size(shape, 0, size // cluster_size, size // cluster_size) - size < most
+
+
+def test_refcount_table_that_is_full_moves_behind_a_gap(tmp_path: pathlib.Path) -> None:
+    # 64 blocks of 256 clusters each have their entry in a table of 512 bytes.
+    shape = header(tmp_path, 512)
+    described = 64 * 256
+
+    fits = worst_case.size(shape, 0, 16000, 16000)
+    moves = worst_case.size(shape, 0, 16100, 16100)
+
+    assert fits <= described * 512
+    assert moves > (described + 256 + 2) * 512
+    assert moves < (described + 3 * 256) * 512
+
+
+@pytest.mark.parametrize("bits", range(9, 22))
+@pytest.mark.parametrize("order", range(7))
+def test_more_to_write_never_ends_sooner(tmp_path: pathlib.Path, bits: int, order: int) -> None:
+    shape = header(tmp_path, 1 << bits, refcount_order=order)
+
+    found = [worst_case.size(shape, 0, 1 << 24, growing) for growing in range(1, 1 << 24, 99991)]
+
+    assert found == sorted(found)
+    assert found[-1] < (1 << bits) * (1 << 24) * 1.4
