@@ -27,6 +27,7 @@ from typing import Optional, overload
 from oslo_utils import units
 
 from imgprealloc import command
+from imgprealloc import exceptions
 from imgprealloc import native_thread
 
 # linux/falloc.h
@@ -122,7 +123,18 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     filler = _filler.get()
     if filler is not None:
         status = os.stat(name)
-        filler(os.path.realpath(path), status.st_dev, status.st_ino, start, length)
+        try:
+            filler(os.path.realpath(path), status.st_dev, status.st_ino, start, length)
+        except OSError:
+            raise
+        except Exception as exc:
+            # Of what lies between us and who fills it.
+            raise exceptions.FileError(
+                path,
+                f"nobody is there to fill its holes: {exc!r}",
+                "See whether Nova's privsep daemon works.",
+                errno.EACCES,
+            ) from exc
         return
     if length <= AT_ONCE:
         native_thread.run(_reserve, name, start, length)

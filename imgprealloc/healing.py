@@ -21,7 +21,6 @@ from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc.format import Existing
 from imgprealloc.preallocator import Preallocator
-from imgprealloc.raw import Raw
 
 LOG = logging.getLogger(__name__)
 
@@ -107,44 +106,24 @@ def heal(
     except exceptions.NoSpace as exc:
         if would_lack_space_in_stock_nova(path, stock_length):
             raise
-        log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+        _warn(path, exc)
     except exceptions.PreallocationError as exc:
-        log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+        _warn(path, exc)
     except Exception:
         LOG.exception("%s: not preallocated", path)
 
 
-def heal_running(
-    strategy: Preallocator,
-    path: str,
-    format: str,
-    turn: contextlib.AbstractContextManager[Any],
-    filler: Optional[fallocate.Filler] = None,
-) -> None:
-    """Fill the holes that a guest has made in a disk by giving space back; it runs, and may go on making some.
-
-    :param turn: held while they are filled
-    :param filler: as for heal()
-    """
-    if format == Raw.name and _has_all_blocks(path):
-        return
-    heal(without_zeros(strategy), path, format, "reserve", turn, copying=False, filler=filler)
-
-
-def _has_all_blocks(path: str) -> bool:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    return status.st_blocks * 512 >= status.st_size
+def _warn(path: str, exc: exceptions.PreallocationError) -> None:
+    # One kind of error does not hide another.
+    log.warn_once(f"not preallocated: {type(exc).__name__}", path, f"not preallocated: {exc}")
 
 
 def would_lack_space_in_stock_nova(path: str, length: Optional[int]) -> bool:
     """Whether stock Nova's fallocate of length would have lacked space, too; not if it cannot be told."""
     directory = os.path.dirname(os.path.realpath(path))
     try:
-        # Nova, too, does without fallocate where there is none.
-        if not length or not filesystem.under(directory).fallocate:
+        # Nova, too, does without fallocate where there is none, or where it may not write.
+        if not length or not os.access(path, os.W_OK) or not filesystem.under(directory).fallocate:
             return False
         found = fallocate.extents(path)
         held = os.stat(path).st_blocks * 512 if found is None else fallocate.held(found, length)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import os
 import re
 from typing import Optional
@@ -13,8 +14,8 @@ from oslo_config import cfg
 # disks, nor what is yet to be invented.
 _DISK = re.compile(r"disk(\.local|\.swap|\.eph\d+)?")
 
-# An instance's folder; during a resize, the one of before has a suffix.
-_FOLDER = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(_resize)?")
+# An instance's folder. What a resize has left of before (UUID_resize) is no instance's.
+_FOLDER = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # As Nova has them; what they are by default, distributions say.
 _OPTIONS = (
@@ -31,22 +32,28 @@ def is_disk(path: str) -> bool:
 def instance_of(path: str) -> Optional[str]:
     """Return the UUID of the instance that a disk belongs to, by the name of its folder."""
     found = _FOLDER.fullmatch(os.path.basename(os.path.dirname(os.path.abspath(path))))
-    return found[1] if found else None
+    return found[0] if found else None
 
 
-def disks_below(folder: str) -> list[str]:
+def disks_below(folder: str) -> Iterator[str]:
     """List the disks in a folder, and in the folders of instances in it, in the order of their names.
 
-    :raises: OSError
+    A folder of an instance's that cannot be listed is listed itself, for whoever
+    looks at it to say why; one that has just been removed is not.
+
+    :raises: OSError for the folder
     """
-    found = []
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if _FOLDER.fullmatch(name) and os.path.isdir(path):
-            found += [os.path.join(path, disk) for disk in sorted(os.listdir(path)) if is_disk(disk)]
+        if _FOLDER.fullmatch(name):
+            try:
+                yield from (os.path.join(path, disk) for disk in sorted(os.listdir(path)) if is_disk(disk))
+            except FileNotFoundError:
+                continue
+            except OSError:
+                yield path
         elif is_disk(name) and not os.path.isdir(path):
-            found.append(path)
-    return found
+            yield path
 
 
 def configured_path() -> str:

@@ -34,6 +34,12 @@ def warn_once(kind: str, subject: str, message: Any) -> None:
     LOG.log(level, "%s: %s", subject, message)
 
 
+def forget_one(kind: str, subject: str) -> None:
+    """Warn of it anew the next time, because it was mended meanwhile."""
+    with _lock:
+        _warned.pop((subject, kind), None)
+
+
 def forget() -> None:
     """Warn of everything once more, as a new process would."""
     _warned.clear()

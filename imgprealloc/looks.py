@@ -73,6 +73,12 @@ def remember(found: DiskImage) -> None:
             _seen.popitem(last=False)
 
 
+def was_held(device: int, inode: int) -> bool:
+    """Whether all space of a file was held when it was last looked at, whatever has become of it since."""
+    with _seen_lock:
+        return any((found := _seen.get((device, inode, format))) is not None and found.held for format in FORMATS)
+
+
 def forget() -> None:
     """Look at all disks again, as a new process would."""
     with _seen_lock:

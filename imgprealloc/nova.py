@@ -36,6 +36,7 @@ from imgprealloc import opts
 from imgprealloc import presence
 from imgprealloc import qcow2_header
 from imgprealloc import record
+from imgprealloc import refilling
 from imgprealloc import rounds
 from imgprealloc import seams
 from imgprealloc import settings
@@ -118,12 +119,12 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def init_host(self, host: str) -> None:
         """Begin to look after the disks of the guests that run, as a service starts."""
         super().init_host(host)
-        if is_on() and CONF.imgprealloc.heal_interval and self._rounds is None:
+        if _is_given_back_in_vain() and self._rounds is None:
             self._rounds = rounds.Rounds(
                 BACKGROUND,
                 CONF.imgprealloc.heal_interval,
                 lambda: self._running_guests(host),
-                lambda found: _heal_running(*found),
+                lambda found: _refill(*found),
             )
         if self._rounds is not None:
             self._rounds.start()
@@ -246,6 +247,12 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         return super()._create_guest(context, xml, instance, power_on, pause, *args, **kwargs)
 
 
+def _is_given_back_in_vain() -> bool:
+    """Whether guests are to be kept from giving space back, all the time that they run."""
+    may_give_back = CONF.libvirt.hw_disk_discard == "unmap" and not CONF.imgprealloc.protect_from_discard
+    return is_on() and bool(CONF.imgprealloc.heal_interval) and not may_give_back
+
+
 @contextlib.contextmanager
 def _warning_of_faults(instance: Any) -> Iterator[None]:
     """Warn of what fails, whatever it is, in what Nova must not be kept from by us."""
@@ -266,14 +273,20 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
             )  # fmt: skip
 
 
-def _heal_running(guest: Any, instance: Any) -> None:
+def _refill(guest: Any, instance: Any) -> None:
     """Set aside again what a guest that runs has given back."""
-    with _warning_of_faults(instance):
-        for path, format in _described_disks(guest.get_xml_desc(), instance):
-            if record.agrees(path, format):
-                healing.heal_running(
-                    _preallocator(instance), path, format, compute_utils.disk_ops_semaphore, fill_as_root
-                )
+    try:
+        strategy = _preallocator(instance)
+        for path, _ in _described_disks(guest.get_xml_desc(), instance):
+            try:
+                refilling.refill(strategy, path, fill_as_root)
+            except exceptions.DiskNotFound:
+                LOG.debug("%s is gone", path, instance=instance)
+            except exceptions.PreallocationError as exc:
+                log.warn_once("given back", path, f"it stays short of what its guest has given back: {exc}")
+    except Exception as exc:
+        # It may have ended meanwhile, or moved away.
+        log.warn_once("running", instance.uuid, f"the disks of this running instance are not looked at: {exc}")
 
 
 def _described_disks(xml: str, instance: Any) -> Iterator[tuple[str, str]]:

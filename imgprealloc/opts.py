@@ -65,11 +65,13 @@ the space again. When this is true, disks whose space is held ignore it.
         help="""
 Seconds between looks at the disks of running guests, in the background.
 
-Space that a guest has given back all the same is set aside again: before QEMU
-9.1 a Linux guest gives some back with each mkfs and mount, whatever it is told of
-discards (WRITE ZEROES with unmap). Between two looks such a disk is short of
-that much. A round takes a tenth of the time at the most. 0 looks only
-when an instance is started.
+Space within a disk's file that its guest has given back all the same is set
+aside again: before QEMU 9.1 a Linux guest gives some back with each mkfs and
+mount, whatever it is told of discards (WRITE ZEROES with unmap). Between two
+looks such a disk is short of that much. A round takes a tenth of the time at
+the most. 0 looks only when an instance is started. Nothing is looked at where
+guests may give space back (hw_disk_discard = unmap without
+protect_from_discard).
 """,
     ),
 )  # fmt: skip

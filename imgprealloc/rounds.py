@@ -42,7 +42,8 @@ class Rounds(Generic[T]):
 
     def start(self) -> None:
         """Start the thread, for which nobody waits as the process ends; harmless while it runs."""
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None or not self._thread.is_alive() or self._stopped.is_set():
+            # One that was stopped may be in its last round.
             self._stopped = threading.Event()
             self._thread = threading.Thread(target=self._run, args=(self._stopped,), name=self._name, daemon=True)
             self._thread.start()
@@ -53,20 +54,24 @@ class Rounds(Generic[T]):
 
     def _run(self, stopped: threading.Event) -> None:
         while not stopped.wait(self._interval):
-            self.round()
+            self.round(stopped)
 
-    def round(self) -> None:
-        """Go round once, as far as time allows."""
+    def round(self, stopped: Optional[threading.Event] = None) -> None:
+        """Go round once, as far as time allows.
+
+        :param stopped: set by whoever wants no more of it
+        """
         deadline = time.monotonic() + self._interval * _SHARE
         try:
             found = self._find()
             names = sorted(found)
             first = bisect.bisect_right(names, self._last)
             for number, name in enumerate(names[first:] + names[:first]):
-                if self._stopped.is_set() or (number and time.monotonic() > deadline):
+                if (stopped is not None and stopped.is_set()) or (number and time.monotonic() > deadline):
                     LOG.debug("%s: %d of %d this time", self._name, number, len(names))
                     return
                 self._last = name
                 self._look_after(found[name])
-        except Exception:
-            LOG.exception("%s: this round has ended early", self._name)
+        except Exception as exc:
+            LOG.warning("%s: this round has ended early: %s", self._name, exc)
+            LOG.debug("%s: %s", self._name, exc, exc_info=True)

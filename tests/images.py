@@ -121,6 +121,16 @@ def held(path: StrPath) -> int:
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path))
 
 
+def holes(path: StrPath) -> int:
+    """Return how many bytes of a file the filesystem has not set aside, up to the file's end."""
+    end, missing, position = os.stat(path).st_size, 0, 0
+    for line in _filefrag(path):
+        first, last = (512 * int(number) for number in line.split(":")[1].split(".."))
+        missing += max(0, min(first, end) - position)
+        position = max(position, last + 512)
+    return missing + max(0, end - position)
+
+
 def unwritten(path: StrPath) -> int:
     """Return how many bytes of a file the filesystem has set aside, but would have to mark as written."""
     return sum(512 * int(line.split(":")[3]) for line in _filefrag(path) if "unwritten" in line)

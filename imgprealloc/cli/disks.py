@@ -85,6 +85,10 @@ class State(FormattableColumn):  # type: ignore[misc, type-arg]
         """Return the state, or that there was an error."""
         return str(self._value or "error")
 
+    def __lt__(self, other: object) -> bool:
+        """Sort also those that have none."""
+        return isinstance(other, State) and self.human_readable() < other.human_readable()
+
 
 class Disks(working.Working, lister.Lister):
     """A command that works on disks and then shows them."""

@@ -86,17 +86,19 @@ class Working(command.Command):
         """
         found: list[str] = []
         try:
-            for path in paths or [instances.configured_path()]:
-                below = instances.disks_below(path) if os.path.isdir(path) else [path]
-                if not below:
-                    self.app.LOG.warning("%s: there is no disk of an instance in it", path)
-                found += below
-        except OSError as exc:
-            self.app.LOG.error("%s: %s. Check the path and its permissions.", exc.filename, exc.strerror)
-            self.status = 1
+            meant = paths or [instances.configured_path()]
         except cfg.Error as exc:
-            self.app.LOG.error("nova.conf does not tell where instances are: %s. Name a folder.", exc)
-            self.status = 1
+            self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
+            return []
+        for path in meant:
+            try:
+                below = list(instances.disks_below(path)) if os.path.isdir(path) else [path]
+            except OSError as exc:
+                self._tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
+                continue
+            if paths and not below:
+                self._tell(f"{path}: there is no disk of an instance in it. Check the path.")
+            found += below
         return found
 
     def each(

@@ -12,6 +12,7 @@ import time
 from typing import Any
 from xml.etree import ElementTree
 
+import images
 import libvirt
 
 import imgprealloc
@@ -111,13 +112,14 @@ class Server:
         _wait_until(lambda: f"the guest is at work: {self.launch.said()}", has_ended)
         return self.launch.said()
 
-    def wait_until_held(self) -> None:
-        """Wait until the filesystem holds all that the disks may grow to."""
+    def wait_until_without_holes(self) -> None:
+        """Wait until the filesystem has all of the disks' files."""
 
-        def short() -> dict[str, int]:
-            return {name: disk.shortfall for name, disk in self.disks().items() if disk.shortfall}
+        def holes() -> dict[str, int]:
+            found = {name: images.holes(disk.path) for name, disk in self.disks().items()}
+            return {name: size for name, size in found.items() if size}
 
-        _wait_until(lambda: f"bytes are short: {short()}", lambda: not short())
+        _wait_until(lambda: f"there are holes: {holes()}", lambda: not holes())
 
     def act(self, status: str, **action: Any) -> dict[str, Any]:
         """Ask Nova for an action, wait for the status in which it has to end, and return the answer."""

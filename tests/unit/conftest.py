@@ -15,6 +15,7 @@ from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import qemu_img
 from imgprealloc import record
+from imgprealloc import refilling
 
 from .host import Host
 from .host import Programs
@@ -28,11 +29,13 @@ def forgotten() -> Iterator[None]:
     log.forget()
     looks.forget()
     record.forget()
+    refilling.forget()
     yield
     qemu_img.forget()
     log.forget()
     looks.forget()
     record.forget()
+    refilling.forget()
 
 
 @pytest.fixture

@@ -199,6 +199,50 @@ def test_without_a_path_all_instances_of_this_host_are_meant(
     assert (shown.status, os.path.realpath(shown.out.strip())) == (0, os.path.join(folder, "disk"))
 
 
+def test_folder_without_disks_is_an_error_and_keeps_the_rest_from_nothing(host: Host, run: Run) -> None:
+    os.mkdir(host.path("empty"))
+
+    shown = run("show", "--check", "-f", "value", "-c", "path", host.path("empty"), host.raw(held=SIZE))
+
+    assert (shown.status, shown.out.split()) == (1, [host.path()])
+    assert host.path("empty") in shown.err
+
+
+def test_folder_that_cannot_be_listed_is_a_row_and_one_that_has_just_gone_is_not(host: Host, run: Run) -> None:
+    folder = instance_with(host, "disk")
+    gone, closed = INSTANCE.replace("0d7a", "0000"), INSTANCE.replace("0d7a", "0001")
+    for name in (gone, closed):
+        os.mkdir(host.path(name))
+    listdir = os.listdir
+
+    def list_or_fail(path: str) -> list[str]:
+        for name, error in ((gone, FileNotFoundError()), (closed, PermissionError())):
+            if os.path.basename(path) == name:
+                raise error
+        return listdir(path)
+
+    with fixtures.MockPatchObject(os, "listdir", list_or_fail):
+        shown = run("show", "-f", "json", host.folder)
+
+    assert [row["path"] for row in json.loads(shown.out)] == [host.path(closed), os.path.join(folder, "disk")]
+    assert shown.status == 1
+
+
+def test_what_a_resize_has_left_is_no_instance_s(host: Host, run: Run) -> None:
+    folder = instance_with(host, "disk")
+    os.rename(folder, f"{folder}_resize")
+
+    assert run("show", host.folder).status == 1
+
+
+def test_rows_are_sorted_by_state_also_where_one_has_none(host: Host, run: Run) -> None:
+    paths = [host.raw(name="thin"), host.path("missing"), host.raw(held=SIZE)]
+
+    shown = run("show", "--sort-column", "state", "-f", "value", "-c", "path", "-c", "state", *paths)
+
+    assert [line.split()[1] for line in shown.out.splitlines()] == ["None", "preallocated", "thin"]
+
+
 def test_folder_that_is_not_there_is_an_error(host: Host, run: Run) -> None:
     with fixtures.MockPatchObject(instances, "configured_path", lambda: host.path("nowhere")):
         ended = run("show")

@@ -80,6 +80,24 @@ def test_stretch_is_filled_by_who_may_write_the_file_by_its_real_name(
     assert file.stat().st_blocks > 0
 
 
+def test_failing_of_who_may_write_is_one_of_our_errors_and_the_system_s_stays_what_it_is(file: pathlib.Path) -> None:
+    def fail(error: Exception) -> fallocate.Filler:
+        def filler(*_: object) -> None:
+            raise error
+
+        return filler
+
+    with (
+        fallocate.filling_by(fail(RuntimeError("no daemon"))),
+        pytest.raises(exceptions.FileError, match="no daemon") as caught,
+    ):
+        fallocate.reserve(str(file), str(file), 0, 4096)
+    assert caught.value.path == str(file)
+    full = OSError(errno.ENOSPC, ENOSPC)
+    with fallocate.filling_by(fail(full)), pytest.raises(OSError, match=ENOSPC):
+        fallocate.reserve(str(file), str(file), 0, 4096)
+
+
 def test_file_that_was_meant_is_filled_and_keeps_its_length_and_content(file: pathlib.Path) -> None:
     file.write_bytes(b"data")
     status = file.stat()

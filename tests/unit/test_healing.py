@@ -240,35 +240,6 @@ def test_disk_that_is_ours_has_its_holes_filled_by_ourselves(disk: str, turn: Tu
     assert os.stat(disk).st_blocks * 512 >= 8192
 
 
-# A disk whose guest runs.
-
-
-def test_running_guest_s_raw_disk_that_has_all_its_blocks_costs_one_look_at_its_inode(disk: str, turn: Turn) -> None:
-    os.truncate(disk, 8192)
-    os.posix_fallocate(os.open(disk, os.O_RDWR), 0, 8192)
-    strategy = playing()
-
-    healing.heal_running(strategy, disk, "raw", turn)
-
-    assert strategy.mock_calls == []
-    # The control: one block less.
-    os.truncate(disk, 12288)
-    with fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: strategy):
-        healing.heal_running(strategy, disk, "raw", turn)
-    assert strategy.preallocate.call_count == 1
-
-
-def test_running_guest_s_disk_is_never_replaced_nor_copied(disk: str, turn: Turn) -> None:
-    strategy = playing()
-    with fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: strategy):
-        healing.heal_running(strategy, disk, "qcow2", turn)
-        assert strategy.preallocate.call_args.args == (disk, "reserve")
-        strategy.inspect.return_value.shared_bytes = 4096
-        healing.heal_running(strategy, disk, "qcow2", turn)
-
-    assert strategy.preallocate.call_count == 1
-
-
 # Space that is short.
 
 
@@ -305,6 +276,29 @@ def test_start_fails_for_want_of_space_only_where_stock_nova_s_would(
         healing.heal(playing(error(exceptions.NoSpace)), disk, "qcow2", "reserve", turn, stock_length=length)
 
     assert len(logged(logging.WARNING)) == (0 if lacks else 1)
+
+
+def test_start_does_not_fail_for_want_of_space_where_stock_nova_may_not_write(
+    disk: str, turn: Turn, logged: Logged
+) -> None:
+    with (
+        under(0, []),
+        fixtures.MockPatchObject(os, "access", lambda path, how: False),
+        fixtures.MockPatchObject(healing, "without_zeros", lambda strategy: strategy),
+    ):
+        healing.heal(
+            playing(error(exceptions.NoSpace)), disk, "raw", "reserve", turn, stock_length=units.Gi,
+            filler=lambda *_: None,
+        )  # fmt: skip
+
+    assert len(logged(logging.WARNING)) == 1
+
+
+def test_one_error_does_not_hide_another_of_the_same_disk(disk: str, turn: Turn, logged: Logged) -> None:
+    for kind in (exceptions.ImageInUse, exceptions.NoSpace, exceptions.ImageInUse):
+        healing.heal(playing(error(kind)), disk, "qcow2", "reserve", turn)
+
+    assert len(logged(logging.WARNING)) == 2
 
 
 def test_without_an_extent_map_the_blocks_count(disk: str) -> None:

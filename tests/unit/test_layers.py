@@ -34,7 +34,7 @@ FLOORS = (
     {"raw", "qcow2", "record"},
     {"preallocator"},
     {"looks"},
-    {"healing", "opts", "seams"},
+    {"healing", "refilling", "opts", "seams"},
     {"nova", "extra_specs"},
     {"check_nova"},
     {"cli.abreast", "cli.signals"},
