@@ -134,7 +134,7 @@ def _instances_path(conf: cfg.ConfigOpts) -> Finding:
         under = filesystem.under(path)
     except OSError as exc:
         return Finding("instances_path", False, f"{path}: {exc.strerror}; run this as the user of nova-compute")
-    text = f"{path}, on {under.type}{under.cause and f' ({under.cause})'}"
+    text = f"{path}, on {under.name}"
     mode = conf.imgprealloc.mode
     if under.fallocate and mode != "metadata":
         return Finding("instances_path", True, f"{text}, which can hold space (mode {mode})")

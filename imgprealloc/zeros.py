@@ -76,7 +76,7 @@ def _fill(path: str, fd: int) -> None:
                 refuse_others()
                 block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
                 if os.pread(fd, len(block), position) != block:
-                    kind = filesystem.mounted_type(f"/proc/self/fd/{fd}")
+                    kind = filesystem.type_of(fd)
                     raise exceptions.FileError(
                         path,
                         f"the {kind} filesystem has called a hole what is none, at byte {position}, or somebody has "

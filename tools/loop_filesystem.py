@@ -35,22 +35,50 @@ def mounted(kind: str, size: int) -> Iterator[str]:
         mount_point = os.path.join(directory, "mnt")
         os.mkdir(mount_point)
         if kind == "tmpfs":
-            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount_point]
+            what = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
         else:
             image = os.path.join(directory, "image")
             with open(image, "wb") as file:
                 file.truncate(size)
             _run([*_MKFS[kind], image])
             # -t, because ext4's driver would mount ext2 otherwise.
-            command = ["mount", "-t", kind, "-o", "loop", image, mount_point]
-        _run(command)
-        try:
+            what = ["-t", kind, "-o", "loop", image]
+        with _mounted(what, mount_point):
             yield mount_point
-        finally:
-            subprocess.run(["umount", mount_point], check=False)
-            if os.path.ismount(mount_point):
-                # Something still has a file open there; it goes when that ends.
-                _run(["umount", "-l", mount_point])
+
+
+@contextlib.contextmanager
+def overlaid(folder: str) -> Iterator[str]:
+    """Mount an overlayfs that puts what is written into a folder, and unmount it afterwards.
+
+    :returns: the mount point, which is in the folder, too
+    """
+    parts = {name: os.path.join(folder, name) for name in ("lowerdir", "upperdir", "workdir")}
+    mount_point = os.path.join(folder, "merged")
+    for path in (*parts.values(), mount_point):
+        os.mkdir(path)
+    options = ",".join(f"{name}={path}" for name, path in parts.items())
+    with _mounted(["-t", "overlay", "-o", options, "overlay"], mount_point):
+        yield mount_point
+
+
+@contextlib.contextmanager
+def bound(source: str, target: str) -> Iterator[None]:
+    """Let a folder or a file be found at another place, too (mount --bind)."""
+    with _mounted(["--bind", source], target):
+        yield
+
+
+@contextlib.contextmanager
+def _mounted(what: list[str], mount_point: str) -> Iterator[None]:
+    _run(["mount", *what, mount_point])
+    try:
+        yield
+    finally:
+        refused = subprocess.run(["umount", mount_point], check=False).returncode
+        if refused and os.path.ismount(mount_point):
+            # Something still has a file open there; it goes when that ends.
+            _run(["umount", "-l", mount_point])
 
 
 def fill(mount_point: str, *, leave: int = 0) -> None:

@@ -26,6 +26,7 @@ FLOORS = (
     {"command"},
     {"qemu_img", "fallocate", "qcow2_header"},
     {"subclusters", "cluster_map", "refcounts"},
+    {"mounts"},
     {"filesystem"},
     {"lock"},
     {"zeros", "disk_file"},
