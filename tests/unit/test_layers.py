@@ -30,7 +30,7 @@ FLOORS = (
     {"filesystem"},
     {"lock"},
     {"zeros", "disk_file"},
-    {"promise", "reading", "replacement"},
+    {"promise", "reading", "replacement", "storage"},
     {"backing", "format", "glance"},
     {"raw", "qcow2", "record"},
     {"preallocator"},
