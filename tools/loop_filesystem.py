@@ -24,14 +24,18 @@ COMMON = ("ext4", "xfs")
 
 
 @contextlib.contextmanager
-def mounted(kind: str, size: int) -> Iterator[str]:
+def mounted(kind: str, size: int, *, sector_size: int = 512) -> Iterator[str]:
     """Make a filesystem, mount it, and unmount and remove it afterwards.
 
     :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
     :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
+    :param sector_size: bytes, of the device that it is on
     :returns: the mount point
     """
-    with tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory,
+        contextlib.ExitStack() as stack,
+    ):
         mount_point = os.path.join(directory, "mnt")
         os.mkdir(mount_point)
         if kind == "tmpfs":
@@ -40,11 +44,21 @@ def mounted(kind: str, size: int) -> Iterator[str]:
             image = os.path.join(directory, "image")
             with open(image, "wb") as file:
                 file.truncate(size)
-            _run([*_MKFS[kind], image])
+            device = image if sector_size == 512 else stack.enter_context(_attached(image, sector_size))
+            _run([*_MKFS[kind], device])
             # -t, because ext4's driver would mount ext2 otherwise.
-            what = ["-t", kind, "-o", "loop", image]
+            what = ["-t", kind, *(["-o", "loop"] if device == image else []), device]
         with _mounted(what, mount_point):
             yield mount_point
+
+
+@contextlib.contextmanager
+def _attached(image: str, sector_size: int) -> Iterator[str]:
+    device = _run(["losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
+    try:
+        yield device
+    finally:
+        _run(["losetup", "--detach", device])
 
 
 @contextlib.contextmanager
@@ -102,7 +116,8 @@ def _free(mount_point: str) -> int:
     return space.f_bavail * space.f_frsize
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
