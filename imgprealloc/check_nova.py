@@ -22,6 +22,7 @@ from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import opts
 from imgprealloc import qemu_img
+from imgprealloc import storage
 
 DRIVER = "imgprealloc.LibvirtDriver"
 _SUPPORTED = range(27, 35)
@@ -135,8 +136,12 @@ def _instances_path(conf: cfg.ConfigOpts) -> Finding:
         under = filesystem.under(path)
     except OSError as exc:
         return Finding("instances_path", False, f"{path}: {exc.strerror}; run this as the user of nova-compute")
-    text = f"{path}, on {under.type}{under.cause and f' ({under.cause})'}"
+    text = f"{path}, on {under.name}"
     mode = conf.imgprealloc.mode
+    thin = _thin_below(path) if under.fallocate and mode == "falloc" else ""
+    if thin:
+        remedy = "mode falloc holds nothing there, full does: set [imgprealloc] mode = full"
+        return Finding("instances_path", False, f"{text}, on thin storage ({thin}); {remedy}")
     if under.fallocate and mode != "metadata":
         return Finding("instances_path", True, f"{text}, which can hold space (mode {mode})")
     if under.fallocate:
@@ -149,3 +154,11 @@ def _instances_path(conf: cfg.ConfigOpts) -> Finding:
         "error": "no instance can be built (on_unsupported = error)",
     }[fallback]
     return Finding("instances_path", good, f"{text}, which cannot set space aside: {outcome}")
+
+
+def _thin_below(path: str) -> str:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return storage.thin_below(fd)
+    finally:
+        os.close(fd)

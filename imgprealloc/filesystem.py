@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import array
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -12,10 +11,17 @@ import os
 import tempfile
 
 from oslo_utils import units
-import psutil
 
 from imgprealloc import fallocate
+from imgprealloc import mounts
 from imgprealloc import native_thread
+
+# What statfs(2) tells types apart by.
+_BTRFS = 0x9123683E
+_EXT = 0xEF53
+_TMPFS = 0x01021994
+# Of those on whose type something depends.
+_NAMES = {_BTRFS: "btrfs", 0xCA451A4E: "bcachefs", 0x2FC12FC1: "zfs", 0x58465342: "xfs"}
 
 # Each overwrite goes to a new place, so that allocated space is no promise,
 # unless the file has nocow, which qemu-img can set on btrfs only.
@@ -24,12 +30,9 @@ _WITHOUT_NOCOW = _COPY_ON_WRITE - {"btrfs"}
 
 _REMOTE = frozenset({"9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre", "nfs", "nfs4", "ocfs2", "smb3"})
 
-# statfs(2)'s numbers of filesystems on which no file shares its extents with
-# another, and no overwrite goes to a new place: ext2 to ext4, tmpfs.
-_PLAIN = frozenset({0xEF53, 0x01021994})
-_LIBC = ctypes.CDLL(None, use_errno=True)
-# Longer than the structure, of which only the first word counts.
-_STATFS_LENGTH = 512
+# On these no file shares its extents with another, and no overwrite goes to a
+# new place. Not overlayfs, whose files may be on two filesystems.
+_PLAIN = frozenset({_EXT, _TMPFS})
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_COMPR_FL = 0x00000004
@@ -40,22 +43,31 @@ _FS_NOCOW_FL = 0x00800000
 class Filesystem:
     """A mounted filesystem.
 
-    :param type: as in /proc/mounts
+    :param type: as in /proc/mounts; on overlayfs that of the one where it puts
+        what is written
     :param fallocate: whether fallocate(2) works there and really holds space
     :param copy_on_write: whether an overwrite takes new space, unless nocow
         is set on the file
     :param cause: why it holds no space, where that is not its type alone
+    :param overlay: whether it is reached through overlayfs
     """
 
     type: str
     fallocate: bool
     copy_on_write: bool
     cause: str = ""
+    overlay: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its type, what it is reached through, and what it is that keeps it from holding space."""
+        return f"{self.type}{' below overlayfs' if self.overlay else ''}{self.cause and f' ({self.cause})'}"
 
     @property
     def described(self) -> str:
-        """Name it for an error's text, and say what it is that keeps it from holding space."""
-        return f"{self.type} filesystem{self.cause and f' ({self.cause})'}"
+        """Name it for an error's text."""
+        kind, _, rest = self.name.partition(" ")
+        return f"{kind} filesystem{rest and f' {rest}'}"
 
 
 def under(directory: str) -> Filesystem:
@@ -72,19 +84,56 @@ def under(directory: str) -> Filesystem:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         can = True
-    return _of_type(mounted_type(directory), directory, can)
+    return _of_directory(directory, can)
 
 
 def under_read_only(directory: str) -> Filesystem:
     """Return what the filesystem is taken for under a directory in which nothing may be made to try it."""
-    return _of_type(mounted_type(directory), directory, True)
+    return _of_directory(directory, True)
 
 
-def _of_type(kind: str, directory: str, can: bool) -> Filesystem:
+def of_file(fd: int) -> Filesystem:
+    """Return what the filesystem of an open file is taken for, where it may be another than its folder's."""
+    return _of(fd, True)
+
+
+def _of_directory(directory: str, can: bool) -> Filesystem:
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _of(fd, can)
+    finally:
+        os.close(fd)
+
+
+def _of(fd: int, can: bool) -> Filesystem:
+    kind, overlay = native_thread.run(_named, fd)
     copies = kind in _COPY_ON_WRITE
-    if copies and (_attributes(directory) or 0) & _FS_COMPR_FL:
-        return Filesystem(kind, False, True, "the folder's files are compressed, chattr +c, which makes nocow void")
-    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, copies)
+    if copies and (_attributes(fd) or 0) & _FS_COMPR_FL:
+        cause = "the folder's files are compressed, chattr +c, which makes nocow void"
+        return Filesystem(kind, False, True, cause, overlay)
+    return Filesystem(kind, can and kind not in _WITHOUT_NOCOW, copies, overlay=overlay)
+
+
+def _named(fd: int) -> tuple[str, bool]:
+    """Tell the type of the filesystem that holds a file, and whether it is below overlayfs."""
+    number = _number(fd)
+    is_overlay = mounts.number(fd) == mounts.OVERLAYFS
+    if number in _NAMES:
+        return _NAMES[number], is_overlay
+    with mounts.holding(fd) as holder:
+        mount = mounts.of(holder)
+    return "unknown" if mount is None else mount.type, is_overlay and number != mounts.OVERLAYFS
+
+
+def _number(fd: int) -> int:
+    """Return what tells the type of the filesystem that holds a file, also below overlayfs."""
+    with mounts.holding(fd) as holder:
+        number = mounts.number(holder)
+    # Where that is hidden from us: overlayfs counts as the one below it does,
+    # and btrfs counts no inodes.
+    if number == mounts.OVERLAYFS and not os.statvfs(fd).f_files:
+        return _BTRFS
+    return number
 
 
 def is_plain(fd: int) -> bool:
@@ -93,62 +142,47 @@ def is_plain(fd: int) -> bool:
     Elsewhere another file may share what this one has (cp --reflink), of which
     this one's inode tells nothing.
     """
-    return native_thread.run(_number, fd) in _PLAIN
+    return native_thread.run(mounts.number, fd) in _PLAIN
 
 
-def _number(fd: int) -> int:
-    answer = ctypes.create_string_buffer(_STATFS_LENGTH)
-    if _LIBC.fstatfs(fd, answer):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return ctypes.c_long.from_buffer(answer).value
-
-
-def copies_on_write(name: str, *, is_shared: bool) -> bool:
+def copies_on_write(fd: int, *, is_shared: bool) -> bool:
     """Whether each overwrite of this file takes new space.
 
     :param is_shared: whether it has extents in common with another file, as
         with a subvolume's snapshot, whatever its attributes say
     """
-    if mounted_type(name) not in _COPY_ON_WRITE:
+    if _NAMES.get(native_thread.run(_number, fd)) not in _COPY_ON_WRITE:
         return False
-    attributes = _attributes(name)
+    attributes = _attributes(fd)
     return is_shared or attributes is None or not attributes & _FS_NOCOW_FL
 
 
-def _attributes(name: str) -> int | None:
+def _attributes(fd: int) -> int | None:
     """Return what lsattr(1) shows; None where there is no such thing."""
     flags = array.array("l", [0])
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    # Once more, because a folder is open for no more than its names.
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+        fcntl.ioctl(again, _FS_IOC_GETFLAGS, flags)
     except OSError:
         return None
     finally:
-        os.close(fd)
+        os.close(again)
     return flags[0]
 
 
-def available(directory: str) -> int:
-    """Return the bytes that this process may still take from the filesystem."""
-    space = native_thread.run(os.statvfs, directory)
+def available(where: int | str) -> int:
+    """Return the bytes that this process may still take from the filesystem of a folder, or of what is open."""
+    space = native_thread.run(os.statvfs, where)
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     return blocks * space.f_frsize
 
 
-def is_remote(path: str) -> bool:
-    """Whether other hosts may have the file at path open, of which this one's kernel knows nothing."""
-    return mounted_type(path).partition(".")[0] in _REMOTE
+def is_remote(fd: int) -> bool:
+    """Whether other hosts may have an open file open, too, of which this one's kernel knows nothing."""
+    return type_of(fd).partition(".")[0] in _REMOTE
 
 
-def mounted_type(path: str) -> str:
-    """Return the type of the filesystem that holds path, by its mount point."""
-    return native_thread.run(_mounted_type, path)
-
-
-def _mounted_type(path: str) -> str:
-    mounts: dict[str, str] = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
-    directory = os.path.realpath(path)
-    while directory not in mounts and directory != "/":
-        directory = os.path.dirname(directory)
-    return mounts.get(directory, "unknown")
+def type_of(fd: int) -> str:
+    """Return the type of the filesystem that holds an open file, as in /proc/mounts."""
+    return native_thread.run(_named, fd)[0]

@@ -179,7 +179,7 @@ class Format(abc.ABC):
 
 def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise, *, written: bool = False) -> None:
     """Set aside the space of a disk up to length, and take back what it shares; as for Format.hold()."""
-    require_space(file, image.shortfall)
+    require_space(file, image.shortfall, file.fd)
     shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)

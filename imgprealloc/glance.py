@@ -56,7 +56,7 @@ def _held(file: DiskFile, status: os.stat_result, worst_case_size: int, **more: 
     """Describe a disk of which the filesystem holds all; None if it does not, or cannot tell."""
     # A filesystem may need blocks of its own for a file, but not fewer than it has.
     if status.st_blocks * 512 < status.st_size or (
-        not filesystem.is_plain(file.fd) and filesystem.copies_on_write(file.program_name, is_shared=False)
+        not filesystem.is_plain(file.fd) and filesystem.copies_on_write(file.fd, is_shared=False)
     ):
         return None
     extents = fallocate.extents(file.program_name)

@@ -137,7 +137,7 @@ def sole_opener(path: str, fd: int) -> Iterator[Callable[[], None]]:
     try:
         _take_lease(fd)
     except OSError as exc:
-        if exc.errno == errno.EAGAIN and not filesystem.is_remote(f"/proc/self/fd/{fd}"):
+        if exc.errno == errno.EAGAIN and not filesystem.is_remote(fd):
             raise _open_elsewhere(path) from exc
         # Another's file, or a filesystem without leases.
         yield lambda: None
@@ -163,7 +163,7 @@ def _is_open_elsewhere(fd: int) -> bool:
         _take_lease(fd)
     except OSError as exc:
         # NFS answers so where its server has given it no delegation.
-        if exc.errno == errno.EAGAIN and not filesystem.is_remote(f"/proc/self/fd/{fd}"):
+        if exc.errno == errno.EAGAIN and not filesystem.is_remote(fd):
             return True
         # Another's file, or a filesystem without leases: nobody tells.
         return _backs_loop_device(fd)

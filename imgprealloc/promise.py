@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Optional
 
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import log
+from imgprealloc import mounts
 from imgprealloc import os_errors
 from imgprealloc import qemu_img
+from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
 from imgprealloc.settings import Mode
@@ -63,11 +66,7 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
 
     :raises: UnsupportedFilesystem
     """
-    try:
-        under = filesystem.under(place.folder)
-    except PermissionError:
-        # A disk there can get its space all the same.
-        under = filesystem.under_read_only(place.folder)
+    under = _under(place)
     if under.fallocate or mode != "falloc":
         return Promise(mode, under)
     if on_unsupported == "error":
@@ -85,21 +84,34 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
     return Promise(on_unsupported, under)
 
 
-def require_space(place: Place, needed: int) -> None:
+def _under(place: Place) -> filesystem.Filesystem:
+    if isinstance(place, DiskFile) and mounts.identifier(place.fd) != mounts.identifier(place.folder_fd):
+        # The file alone is mounted there (mount --bind).
+        return filesystem.of_file(place.fd)
+    try:
+        return filesystem.under(place.folder)
+    except PermissionError:
+        # A disk there can get its space all the same.
+        return filesystem.under_read_only(place.folder)
+
+
+def require_space(place: Place, needed: int, fd: Optional[int] = None) -> None:
     """Refuse what cannot fit before anything runs.
 
     A fallocate that fails half way has filled the filesystem for everybody.
 
+    :param fd: the file that it is needed for; None for a new one in the folder
     :raises: NoSpace
     """
-    available = filesystem.available(place.folder)
+    fd = place.folder_fd if fd is None else fd
+    available = filesystem.available(fd)
     deadline = time.monotonic() + _PATIENCE
     while needed > available:
         before = available
-        if not filesystem.is_plain(place.folder_fd) and time.monotonic() < deadline:
+        if not filesystem.is_plain(fd) and time.monotonic() < deadline:
             # XFS and btrfs take their time to free what has been removed, and
             # what they answer meanwhile grows. A fallocate would wait for it.
             time.sleep(_PAUSE)
-            available = filesystem.available(place.folder)
+            available = filesystem.available(fd)
         if available <= before:
             raise os_errors.no_space(place.path, f"it needs {needed} bytes more, and the filesystem has {available}")

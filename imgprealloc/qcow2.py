@@ -88,7 +88,7 @@ class Qcow2(format.Format):
         blank = qcow2_header.blank(file.fd)
         if blank is None or not blank.virtual_size or _obstacle_in_header(file.path, blank) is not None:
             return None
-        if promise.holds_space and filesystem.available(file.folder) < blank.virtual_size:
+        if promise.holds_space and filesystem.available(file.folder_fd) < blank.virtual_size:
             # A look may tell that the space that is short is its own.
             return None
         return self._recreation(file, blank, stamp, promise, just_made=True)
@@ -122,7 +122,7 @@ class Qcow2(format.Format):
                 "Nothing was changed; copy it with qemu-img convert, and take the copy.",
             )
         if promise.mode != "metadata":
-            require_space(file, size - image.virtual_size)
+            require_space(file, size - image.virtual_size, file.fd)
         self._clear_end(file, image)
         file_size = os.fstat(file.fd).st_size
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
@@ -350,7 +350,7 @@ class Qcow2(format.Format):
         As stock Nova leaves a swap disk that was never used: the space that is
         short for a second one is its own.
         """
-        available = filesystem.available(file.folder)
+        available = filesystem.available(file.folder_fd)
         if not promise.holds_space or available >= image.virtual_size or image.shortfall > available:
             return None
         return _NO_ROOM

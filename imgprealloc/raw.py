@@ -71,7 +71,7 @@ class Raw(format.Format):
 
     def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
         if promise.mode != "metadata":
-            require_space(file, size - image.virtual_size)
+            require_space(file, size - image.virtual_size, file.fd)
         qemu_img.resize(file.path, file.program_name, size, "raw", _PREALLOCATION[promise.mode])
 
     def recover(self, file: DiskFile) -> None:

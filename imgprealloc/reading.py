@@ -162,7 +162,7 @@ def _image(
         worst_case_size=worst_case_size,
         held_size=held_size,
         shared_bytes=shared_bytes,
-        copy_on_write=filesystem.copies_on_write(file.program_name, is_shared=shared_bytes > 0),
+        copy_on_write=filesystem.copies_on_write(file.fd, is_shared=shared_bytes > 0),
         stamp=FileStamp.from_stat(status),
         **more,
     )

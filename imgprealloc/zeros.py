@@ -35,10 +35,20 @@ def write(path: str, fd: int) -> None:
         file meanwhile, or the filesystem calls a hole what reads as something else
     """
     lock.refuse_users(path, fd)
-    if native_thread.run(lambda: any(_holes(fd))):
+    if native_thread.run(has_unwritten, fd):
         command.run(
             path, sys.executable, "-W", "ignore", "-m", __name__, path, work=os.fstat(fd).st_size, stdin=fd
         )  # fmt: skip
+
+
+def has_unwritten(fd: int, *, more_than: int = 0) -> bool:
+    """Whether a file has more than so many bytes that were not written yet, whether they are held or not."""
+    found = 0
+    for hole in _holes(fd):
+        found += hole.length
+        if found > more_than:
+            return True
+    return False
 
 
 def _holes(fd: int) -> Iterator[Extent]:
@@ -76,7 +86,7 @@ def _fill(path: str, fd: int) -> None:
                 refuse_others()
                 block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
                 if os.pread(fd, len(block), position) != block:
-                    kind = filesystem.mounted_type(f"/proc/self/fd/{fd}")
+                    kind = filesystem.type_of(fd)
                     raise exceptions.FileError(
                         path,
                         f"the {kind} filesystem has called a hole what is none, at byte {position}, or somebody has "

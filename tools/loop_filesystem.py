@@ -24,33 +24,75 @@ COMMON = ("ext4", "xfs")
 
 
 @contextlib.contextmanager
-def mounted(kind: str, size: int) -> Iterator[str]:
+def mounted(kind: str, size: int, *, sector_size: int = 512) -> Iterator[str]:
     """Make a filesystem, mount it, and unmount and remove it afterwards.
 
     :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
     :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
+    :param sector_size: bytes, of the device that it is on
     :returns: the mount point
     """
-    with tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory,
+        contextlib.ExitStack() as stack,
+    ):
         mount_point = os.path.join(directory, "mnt")
         os.mkdir(mount_point)
         if kind == "tmpfs":
-            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount_point]
+            what = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
         else:
             image = os.path.join(directory, "image")
             with open(image, "wb") as file:
                 file.truncate(size)
-            _run([*_MKFS[kind], image])
+            device = image if sector_size == 512 else stack.enter_context(_attached(image, sector_size))
+            _run([*_MKFS[kind], device])
             # -t, because ext4's driver would mount ext2 otherwise.
-            command = ["mount", "-t", kind, "-o", "loop", image, mount_point]
-        _run(command)
-        try:
+            what = ["-t", kind, *(["-o", "loop"] if device == image else []), device]
+        with _mounted(what, mount_point):
             yield mount_point
-        finally:
-            subprocess.run(["umount", mount_point], check=False)
-            if os.path.ismount(mount_point):
-                # Something still has a file open there; it goes when that ends.
-                _run(["umount", "-l", mount_point])
+
+
+@contextlib.contextmanager
+def _attached(image: str, sector_size: int) -> Iterator[str]:
+    device = _run(["losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
+    try:
+        yield device
+    finally:
+        _run(["losetup", "--detach", device])
+
+
+@contextlib.contextmanager
+def overlaid(folder: str) -> Iterator[str]:
+    """Mount an overlayfs that puts what is written into a folder, and unmount it afterwards.
+
+    :returns: the mount point, which is in the folder, too
+    """
+    parts = {name: os.path.join(folder, name) for name in ("lowerdir", "upperdir", "workdir")}
+    mount_point = os.path.join(folder, "merged")
+    for path in (*parts.values(), mount_point):
+        os.mkdir(path)
+    options = ",".join(f"{name}={path}" for name, path in parts.items())
+    with _mounted(["-t", "overlay", "-o", options, "overlay"], mount_point):
+        yield mount_point
+
+
+@contextlib.contextmanager
+def bound(source: str, target: str) -> Iterator[None]:
+    """Let a folder or a file be found at another place, too (mount --bind)."""
+    with _mounted(["--bind", source], target):
+        yield
+
+
+@contextlib.contextmanager
+def _mounted(what: list[str], mount_point: str) -> Iterator[None]:
+    _run(["mount", *what, mount_point])
+    try:
+        yield
+    finally:
+        refused = subprocess.run(["umount", mount_point], check=False).returncode
+        if refused and os.path.ismount(mount_point):
+            # Something still has a file open there; it goes when that ends.
+            _run(["umount", "-l", mount_point])
 
 
 def fill(mount_point: str, *, leave: int = 0) -> None:
@@ -74,7 +116,8 @@ def _free(mount_point: str) -> int:
     return space.f_bavail * space.f_frsize
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout

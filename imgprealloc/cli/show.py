@@ -8,10 +8,15 @@ import contextlib
 import os
 from typing import Any
 
+from oslo_utils import units
+
 from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import log
+from imgprealloc import mounts
 from imgprealloc import replacement
+from imgprealloc import storage
+from imgprealloc import zeros
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 from imgprealloc.cli import working
@@ -19,6 +24,10 @@ from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
 
 _NOT_PREALLOCATED = 3
+
+# Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
+# a cluster of the largest size.
+_NOT_THE_GUEST_S = 2 * units.Mi
 
 
 class Show(disks.Disks):
@@ -39,7 +48,10 @@ class Show(disks.Disks):
         def look(path: str) -> DiskImage:
             # Also where a crash has come before there was a disk.
             _tell_leftovers(path)
-            return Preallocator().inspect(path, format=parsed_args.disk_format)
+            image = Preallocator().inspect(path, format=parsed_args.disk_format)
+            if image.held:
+                _tell_thin_storage(path)
+            return image
 
         outcomes = self.each(paths, look, at_once=abreast.cpus())
         states = {outcome.image.state for outcome in outcomes if outcome.image}
@@ -48,10 +60,27 @@ class Show(disks.Disks):
         return self.shown(outcomes, parsed_args)
 
 
+def _nothing_to_tell() -> contextlib.suppress:
+    # Of a disk that cannot be looked at, the look itself tells.
+    return contextlib.suppress(exceptions.PreallocationError, OSError, ValueError)
+
+
+def _tell_thin_storage(path: str) -> None:
+    """Warn, once a filesystem, of storage that does not hold what a disk on it has set aside and not written."""
+    with _nothing_to_tell(), disk_file.opened(path) as file:
+        thin = storage.thin_below(file.fd)
+        if thin and zeros.has_unwritten(file.fd, more_than=_NOT_THE_GUEST_S):
+            mount = mounts.of(file.fd)
+            log.warn_once(
+                "thin storage",
+                path if mount is None else mount.point,
+                f"thin storage below: {thin}; what mode falloc sets aside is not held there, what mode full writes is",
+            )
+
+
 def _tell_leftovers(path: str) -> None:
     """Warn of what an imgprealloc that was killed has left beside a disk."""
-    nothing_to_tell = contextlib.suppress(exceptions.PreallocationError, OSError, ValueError)
-    with nothing_to_tell, disk_file.place(os.path.realpath(path)) as place:
+    with _nothing_to_tell(), disk_file.place(os.path.realpath(path)) as place:
         for left in replacement.leftovers(place):
             log.warn_once(
                 "left",

@@ -103,7 +103,7 @@ def small(kind: str, disks: pathlib.Path) -> Iterator[pathlib.Path]:
 def taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the space seem to be there when it is asked for, as if another process had taken it just then."""
     for module in (format, raw, qcow2):
-        monkeypatch.setattr(module, "require_space", lambda place, needed: None)
+        monkeypatch.setattr(module, "require_space", lambda place, needed, fd=None: None)
 
 
 def files_in(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

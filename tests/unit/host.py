@@ -279,7 +279,7 @@ class Host(Programs):
         self.useFixture(fixtures.MockPatchObject(promise, "_PAUSE", 0))
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
-        self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda directory: self.available))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda where: self.available))
 
     # Disks, as a test finds them.
 
@@ -352,8 +352,8 @@ class Host(Programs):
     def _mostly_allocated(self, fd: int, start: int, end: int) -> bool:
         return self._disks[_key(fd)].allocated
 
-    def _copies_on_write(self, path: str, *, is_shared: bool) -> bool:
-        return self.filesystem.copy_on_write and (is_shared or not self._disks[_key(path)].nocow)
+    def _copies_on_write(self, fd: int, *, is_shared: bool) -> bool:
+        return self.filesystem.copy_on_write and (is_shared or not self._disks[_key(fd)].nocow)
 
     def _take(self, call: Call, disk: Disk, end: int) -> None:
         """Set space aside up to end, as far as there is any."""

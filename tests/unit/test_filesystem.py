@@ -12,24 +12,49 @@ import tempfile
 from types import SimpleNamespace
 
 import fixtures
-import psutil
 import pytest
 
 from imgprealloc import fallocate
 from imgprealloc import filesystem
+from imgprealloc import mounts
 from imgprealloc.filesystem import Filesystem
 
 NOCOW = 0x00800000
 
 
+NUMBERS = {
+    "bcachefs": 0xCA451A4E,
+    "btrfs": 0x9123683E,
+    "ext4": 0xEF53,
+    "nfs": 0x6969,
+    "nfs4": 0x6969,
+    "overlay": 0x794C7630,
+    "tmpfs": 0x01021994,
+    "xfs": 0x58465342,
+    "zfs": 0x2FC12FC1,
+}
+
+
 @pytest.fixture
-def mounts() -> Iterator[Callable[..., None]]:
-    """Give a function that sets the mount points and types of the host."""
-    table: list[SimpleNamespace] = []
-    with fixtures.MockPatchObject(psutil, "disk_partitions", lambda all: table):
-        yield lambda types: table.extend(
-            SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in types.items()
-        )
+def kinds() -> Iterator[Callable[[dict[str, str]], None]]:
+    """Give a function that sets the types of the folders of the host, with all that is in them."""
+    folders: dict[str, str] = {}
+
+    def of(fd: int) -> mounts.Mount | None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        found = [folder for folder in folders if pathlib.PurePath(path).is_relative_to(folder)]
+        if not found:
+            return None
+        kind = folders[max(found, key=len)]
+        upper = {"upperdir": kind.partition(":")[2]} if ":" in kind else {}
+        return mounts.Mount(max(found, key=len), kind.partition(":")[0], "none", upper)
+
+    def number(fd: int) -> int:
+        mount = of(fd)
+        return 0 if mount is None else NUMBERS.get(mount.type, 0x65735546)
+
+    with fixtures.MockPatchObject(mounts, "of", of), fixtures.MockPatchObject(mounts, "number", number):
+        yield folders.update
 
 
 def under(folder: pathlib.Path, can: bool) -> Filesystem:
@@ -58,9 +83,9 @@ def refusing(code: int) -> Callable[..., None]:
     ],
 )
 def test_what_a_filesystem_can_promise(
-    tmp_path: pathlib.Path, mounts: Callable[..., None], kind: str, can: bool, expected: Filesystem
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None], kind: str, can: bool, expected: Filesystem
 ) -> None:
-    mounts({"/": "overlay", str(tmp_path): kind})
+    kinds({"/": "overlay", str(tmp_path): kind})
 
     assert under(tmp_path, can) == expected
 
@@ -82,9 +107,9 @@ def test_look_is_taken_on_the_filesystem_itself(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_filesystem_too_full_to_be_looked_at_is_believed(
-    tmp_path: pathlib.Path, mounts: Callable[..., None], code: int
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None], code: int
 ) -> None:
-    mounts({"/": "xfs"})
+    kinds({"/": "xfs"})
 
     with fixtures.MockPatchObject(tempfile, "TemporaryFile", refusing(code)):
         assert filesystem.under(str(tmp_path)) == Filesystem("xfs", fallocate=True, copy_on_write=False)
@@ -98,37 +123,68 @@ def test_filesystem_that_may_not_be_written_is_not_believed(tmp_path: pathlib.Pa
         filesystem.under(str(tmp_path))
 
 
+def type_of(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return filesystem.type_of(file.fileno())
+
+
+def test_mount_s_own_word_counts_where_the_number_leaves_it_open(
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None]
+) -> None:
+    (tmp_path / "disk").touch()
+    kinds({"/": "ext4", str(tmp_path): "fuse.glusterfs"})
+
+    assert type_of(tmp_path / "disk") == "fuse.glusterfs"
+
+
+def test_file_of_a_mount_that_is_gone_is_on_an_unknown_filesystem(
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None]
+) -> None:
+    (tmp_path / "disk").touch()
+
+    assert type_of(tmp_path / "disk") == "unknown"
+
+
+@pytest.fixture
+def upper(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Give a folder that stands for the one where an overlayfs puts what is written."""
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "merged").mkdir()
+    return tmp_path / "upper"
+
+
 @pytest.mark.parametrize(
-    ("path", "kind"),
+    ("below", "expected"),
     [
-        ("/srv/nova/1/disk", "xfs"),
-        ("/srv/novadisk", "ext4"),
-        ("/srv", "ext4"),
-        ("/etc/passwd", "overlay"),
+        ("ext4", Filesystem("ext4", True, False, overlay=True)),
+        ("btrfs", Filesystem("btrfs", True, True, overlay=True)),
+        ("zfs", Filesystem("zfs", False, True, overlay=True)),
     ],
 )
-def test_path_is_on_the_filesystem_of_its_nearest_mount_point(
-    mounts: Callable[..., None], path: str, kind: str
+def test_filesystem_below_an_overlay_counts(
+    upper: pathlib.Path, kinds: Callable[[dict[str, str]], None], below: str, expected: Filesystem
 ) -> None:
-    mounts({"/": "overlay", "/srv": "ext4", "/srv/nova": "xfs"})
+    merged = upper.parent / "merged"
+    kinds({"/": "xfs", str(upper): below, str(merged): f"overlay:{upper}"})
 
-    assert filesystem.mounted_type(path) == kind
+    assert under(merged, True) == expected
 
 
-def test_link_is_followed_to_the_filesystem_that_it_leads_to(
-    tmp_path: pathlib.Path, mounts: Callable[..., None]
+def test_error_names_the_filesystem_below_an_overlay_and_the_cause() -> None:
+    assert Filesystem("btrfs", False, True, "compressed", True).described == (
+        "btrfs filesystem below overlayfs (compressed)"
+    )
+
+
+@pytest.mark.parametrize(("inodes", "expected"), [(0, "btrfs"), (5, "overlay")])
+def test_overlay_over_what_is_hidden_is_judged_by_what_it_counts(
+    upper: pathlib.Path, kinds: Callable[[dict[str, str]], None], inodes: int, expected: str
 ) -> None:
-    (tmp_path / "far").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "far")
-    mounts({"/": "ext4", str(tmp_path / "far"): "btrfs"})
+    merged = upper.parent / "merged"
+    kinds({"/": "xfs", str(merged): f"overlay:{upper}/away"})
 
-    assert filesystem.mounted_type(str(tmp_path / "link" / "disk")) == "btrfs"
-
-
-def test_host_without_mount_points_has_an_unknown_filesystem(mounts: Callable[..., None]) -> None:
-    mounts({})
-
-    assert filesystem.mounted_type("/disk") == "unknown"
+    with fixtures.MockPatchObject(os, "statvfs", lambda fd: SimpleNamespace(f_files=inodes)):
+        assert under(merged, True).type == expected
 
 
 def copies_on_write(path: pathlib.Path, flags: int | None, *, is_shared: bool = False) -> bool:
@@ -140,7 +196,11 @@ def copies_on_write(path: pathlib.Path, flags: int | None, *, is_shared: bool = 
         return 0
 
     with fixtures.MockPatchObject(fcntl, "ioctl", ioctl):
-        return filesystem.copies_on_write(str(path), is_shared=is_shared)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return filesystem.copies_on_write(fd, is_shared=is_shared)
+        finally:
+            os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +215,9 @@ def copies_on_write(path: pathlib.Path, flags: int | None, *, is_shared: bool = 
     ],
 )
 def test_which_files_take_new_space_when_they_are_overwritten(
-    tmp_path: pathlib.Path, mounts: Callable[..., None], kind: str, flags: int | None, copies: bool
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None], kind: str, flags: int | None, copies: bool
 ) -> None:
-    mounts({"/": "overlay", str(tmp_path): kind})
+    kinds({"/": "overlay", str(tmp_path): kind})
     disk = tmp_path / "disk"
     disk.touch()
 
@@ -166,9 +226,9 @@ def test_which_files_take_new_space_when_they_are_overwritten(
 
 @pytest.mark.parametrize(("kind", "copies"), [("btrfs", True), ("xfs", False)])
 def test_what_a_snapshot_shares_takes_new_space_whatever_its_flags(
-    tmp_path: pathlib.Path, mounts: Callable[..., None], kind: str, copies: bool
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None], kind: str, copies: bool
 ) -> None:
-    mounts({"/": "overlay", str(tmp_path): kind})
+    kinds({"/": "overlay", str(tmp_path): kind})
     disk = tmp_path / "disk"
     disk.touch()
 
@@ -190,7 +250,9 @@ def test_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: 
     [("nfs", True), ("nfs4", True), ("ceph", True), ("fuse.sshfs", True), ("fuse", True), ("ext4", False),
      ("xfs", False), ("btrfs", False), ("overlay", False)],
 )  # fmt: skip
-def test_which_filesystems_other_hosts_may_have_open(mounts: Callable[..., None], kind: str, remote: bool) -> None:
-    mounts({"/": "ext4", "/srv": kind})
-
-    assert filesystem.is_remote("/srv/disk") is remote
+def test_which_filesystems_other_hosts_may_have_open(
+    tmp_path: pathlib.Path, kinds: Callable[[dict[str, str]], None], kind: str, remote: bool
+) -> None:
+    kinds({"/": "ext4", str(tmp_path): kind})
+    with open(tmp_path / "disk", "wb") as file:
+        assert filesystem.is_remote(file.fileno()) is remote
