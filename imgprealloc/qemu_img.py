@@ -121,9 +121,10 @@ def convert(
     if backing_file is None:
         source = ["-f", format, "-O", format, *_options(options), name]
     else:
-        backing = ["-B", backing_file, "-F", str(backing_format)]
+        # Not -F, which convert has from QEMU 6.0 on.
+        chosen = _options({**options, "backing_fmt": str(backing_format)})
         image = _csv(_over(name, format, backing_file, str(backing_format)))
-        source = ["-S", "0", "--image-opts", "-O", format, *backing, *_options(options), image]
+        source = ["-S", "0", "--image-opts", "-O", format, "-B", backing_file, *chosen, image]
     _convert(path, size, *source, target)
 
 
