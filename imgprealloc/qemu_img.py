@@ -38,6 +38,9 @@ OVERLAY_PREALLOCATION = (5, 2)
 # The create option for XFS.
 EXTENT_SIZE_HINT = (5, 1)
 
+# discard=ignore stops WRITE ZEROES with unmap, too (QEMU's commit d05ae948cc88).
+KEEPS_ZEROED_SPACE = (9, 1)
+
 # Clusters in one answer of qemu-img map, of some 130 bytes each at the most.
 _MAPPED_AT_ONCE = 4096
 # Orders in one call of qemu-io; a command line ends at 2 MiB.
