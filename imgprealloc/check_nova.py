@@ -84,6 +84,7 @@ def check(config_files: list[str]) -> Iterator[Finding]:
     yield _switch(conf, integration)
     yield _backend(conf)
     yield _qemu_img()
+    yield from _given_back(conf)
     yield _instances_path(conf)
 
 
@@ -126,6 +127,29 @@ def _qemu_img() -> Finding:
     if version < qemu_img.OVERLAY_PREALLOCATION:
         return Finding("qemu-img", False, f"{text} cannot preallocate overlays; install 5.2 or later")
     return Finding("qemu-img", True, text)
+
+
+def _given_back(conf: cfg.ConfigOpts) -> Iterator[Finding]:
+    """Tell of a QEMU with which guests give space back, and what is done about it; that keeps nobody from starting."""
+    try:
+        is_kept = qemu_img.version() >= qemu_img.KEEPS_ZEROED_SPACE
+    except exceptions.PreallocationError:
+        # As _qemu_img() has said.
+        return
+    if is_kept:
+        return
+    interval = conf.imgprealloc.heal_interval
+    if interval and conf.compute_driver == DRIVER:
+        outcome = f"nova-compute sets it aside again every {interval} s (heal_interval)"
+    elif conf.compute_driver == DRIVER:
+        outcome = "nothing sets it aside again until the next start (heal_interval = 0)"
+    else:
+        outcome = "run imgprealloc allocate from a timer (contrib/systemd), which sets it aside again"
+    yield Finding(
+        "WRITE ZEROES",
+        True,
+        "before QEMU 9.1 a guest gives some space back by mkfs and mount, whatever it is told of discards; " + outcome,
+    )
 
 
 def _instances_path(conf: cfg.ConfigOpts) -> Finding:

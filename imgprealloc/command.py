@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -181,6 +180,8 @@ class _Printed:
         if os.getppid() != self._parent:
             # It has ended before it could be asked for.
             os._exit(_KILLED)
+        # See _end().
+        os.setpgid(0, 0)
         if self._is_limited:
             # A check prints a line for each cluster that is leaked, to any
             # number of them: what is too long is refused, and the answer comes.
@@ -209,14 +210,20 @@ class _Printed:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program that nobody waits for any more."""
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+    """End a program that nobody waits for any more.
+
+    By its process group: a timeout(1) that gets a signal while it starts the
+    program ends, and leaves it running (317 of 3000 in the first 3 ms).
+    """
+    # Whoever has ended already has no number of their own any more.
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(2 * _GRACE)
     except subprocess.TimeoutExpired:
         # It hangs in the kernel; it ends as soon as that lets it.
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _missing(path: str, program: str, said: str) -> exceptions.ProgramMissing:

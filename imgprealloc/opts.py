@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from oslo_config import cfg
+from oslo_config import types
 
 from imgprealloc import settings
 from imgprealloc.preallocator import Preallocator
@@ -25,8 +26,10 @@ def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
     choices: Mapping[Any, str] = field.metadata["choices"]
     if isinstance(field.default, bool):
         return cfg.BoolOpt(field.name, default=field.default, help=field.metadata["help"])
-    kind = cfg.IntOpt if isinstance(field.default, int) else cfg.StrOpt
-    return kind(field.name, default=field.default, choices=list(choices.items()), help=field.metadata["help"])
+    # Not IntOpt, which takes no choices before oslo.config 9.3.
+    kind = types.Integer if isinstance(field.default, int) else types.String
+    named = kind(choices=list(choices.items()))
+    return cfg.Opt(field.name, type=named, default=field.default, help=field.metadata["help"])
 
 
 # What Nova alone asks for.

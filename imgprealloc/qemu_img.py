@@ -38,6 +38,9 @@ OVERLAY_PREALLOCATION = (5, 2)
 # The create option for XFS.
 EXTENT_SIZE_HINT = (5, 1)
 
+# discard=ignore stops WRITE ZEROES with unmap, too (QEMU's commit d05ae948cc88).
+KEEPS_ZEROED_SPACE = (9, 1)
+
 # Clusters in one answer of qemu-img map, of some 130 bytes each at the most.
 _MAPPED_AT_ONCE = 4096
 # Orders in one call of qemu-io; a command line ends at 2 MiB.
@@ -120,9 +123,10 @@ def convert(
     if backing_file is None:
         source = ["-f", format, "-O", format, *_options(options), name]
     else:
-        backing = ["-B", backing_file, "-F", str(backing_format)]
+        # Not -F, which convert has from QEMU 6.0 on.
+        chosen = _options({**options, "backing_fmt": str(backing_format)})
         image = _csv(_over(name, format, backing_file, str(backing_format)))
-        source = ["-S", "0", "--image-opts", "-O", format, *backing, *_options(options), image]
+        source = ["-S", "0", "--image-opts", "-O", format, "-B", backing_file, *chosen, image]
     _convert(path, size, *source, target)
 
 

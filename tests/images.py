@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -57,6 +58,17 @@ def qcow2(
     chosen = ["-o", ",".join(f"{key}={value}" for key, value in options.items())] if options else []
     run("qemu-img", "create", "-q", "-f", "qcow2", *backed, *chosen, path, size)
     return pathlib.Path(path)
+
+
+@functools.cache
+def knows_zstd() -> bool:
+    """Whether this QEMU was built with zstd, which Debian's 5.2 was not."""
+    with tempfile.TemporaryDirectory(prefix="imgprealloc-zstd-") as scratch:
+        disk = os.path.join(scratch, "disk")
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", disk, "1M"]
+        done = subprocess.run(create, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "'zstd'" in done.stderr, done.stderr
+    return done.returncode == 0
 
 
 def forget_backing_format(path: StrPath) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
 
 import nova.conf
-import nova.privsep
 
 # For its option lock_path, which nothing above imports in every environment.
 import oslo_concurrency.lockutils  # noqa: F401
 from oslo_utils import uuidutils
+
+import nova.privsep
 
 CONF = nova.conf.CONF
 new_uuid = uuidutils.generate_uuid

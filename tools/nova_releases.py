@@ -20,6 +20,8 @@ import sys
 import textwrap
 from typing import Any, Optional
 
+import rst
+
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _PAGE = _REPOSITORY / "doc" / "source" / "releases.rst"
 _RELEASES = _REPOSITORY / "tests" / "nova" / "releases"
@@ -124,7 +126,7 @@ def page(results: list[dict[str, Any]]) -> str:
         newest=_number(results[-1]),
         qemu=" or ".join(sorted({result["qemu"] for result in results})),
         least=setup["metadata"]["python_requires"],
-        results=_table(
+        results=rst.table(
             ("Nova", "mode", "ours", "Nova's own", "skipped", "expected"),
             [_row(result, mode) for result in results for mode in _MODES],
         ),
@@ -132,7 +134,7 @@ def page(results: list[dict[str, Any]]) -> str:
             f"* ``{'.'.join(test.split('.')[-3:])}``\n  {reason}" for test, reason in sorted(expected.items())
         ),
         skipped="\n".join(_quoted(reason) for reason in sorted(reasons)),
-        environments=_table(
+        environments=rst.table(
             ("Nova", "series", "it needs Python", "tested with", "older than pip would choose"),
             [_environment(result) for result in results],
         ),
@@ -176,14 +178,6 @@ def _requirements(result: dict[str, Any]) -> tuple[str, list[str]]:
     lines = (_RELEASES / f"nova-{_number(result)}.txt").read_text().splitlines()
     series = re.findall(r"\d{4}\.\d", lines[0])[0]
     return series, [line for line in lines if not line.startswith(("#", "nova=="))]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    table = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    rule = "  ".join("=" * width for width in widths)
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
-    return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ def put(option, value):
     without(option)
     argv[1:1] = [option, value]
 
+def choose(key, *value):
+    if "-o" in argv:
+        at = argv.index("-o") + 1
+        kept = [option for option in argv[at].split(",") if not option.startswith(key + "=")]
+        argv[at] = ",".join(kept + [key + "=" + word for word in value])
+
 def real_one():
     os.execv(real[name], [name, *argv])
 
@@ -121,21 +127,20 @@ elif fault == "smaller":
     argv[-1] = str(int(argv[-1]) // 2 if sub == "create" else int(argv[-1]) - 1048576)
     real_one()
 elif fault == "no_backing":
-    options = ("-b", "-F") if sub == "create" else ("-B", "-F")
-    for option in options:
+    # Its format is not allowed without it on each version.
+    for option in ("-b", "-B", "-F"):
         without(option)
-    # Not allowed without a backing file on each version.
+    choose("backing_fmt")
     real_one()
 elif fault == "other_backing_format":
     if "-F" in argv:
         put("-F", "qcow2")
-        if sub == "create":
-            argv.insert(1, "-u")
+        argv.insert(1, "-u")
+    elif "-B" in argv:
+        choose("backing_fmt", "qcow2")
     real_one()
 elif fault == "other_cluster_size":
-    if "-o" in argv:
-        at = argv.index("-o") + 1
-        argv[at] = ",".join([o for o in argv[at].split(",") if not o.startswith("cluster_size=")] + ["cluster_size=32768"])
+    choose("cluster_size", "32768")
     real_one()
 elif fault == "other_format":
     option = "-f" if sub == "create" else "-O"
@@ -144,7 +149,7 @@ elif fault == "other_format":
     for option in ("-o", "-b", "-B", "-F"):
         without(option)
     real_one()
-"""  # noqa: E501
+"""
 
 
 class FaultyPrograms:

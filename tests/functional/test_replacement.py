@@ -214,7 +214,8 @@ def wait_for_children(process: subprocess.Popen[bytes]) -> None:
 
 def crash(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started, as a power cut would."""
-    os.killpg(process.pid, signal.SIGKILL)
+    # By the session: programs are in groups of their own.
+    subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=True)
     process.wait()
     wait_for_children(process)
 

@@ -420,6 +420,8 @@ class Host(Programs):
         return ""
 
     def _convert(self, call: Call) -> str:
+        # QEMU 5.2 has no such option here.
+        assert "-F" not in call.argv
         source, target = call.argv[-2:]
         size = None
         if "--image-opts" in call.argv:
@@ -438,7 +440,7 @@ class Host(Programs):
         disk = self._disks[_key(source)]
         self._new(
             call, target, size or disk.virtual_size, str(call.after("-O")), call.options, call.after("-B"),
-            call.after("-F"),
+            call.options.get("backing_fmt"),
         )  # fmt: skip
         return ""
 

@@ -413,6 +413,36 @@ def test_exception_that_comes_meanwhile_ends_the_program(tmp_path: pathlib.Path)
     until(lambda: is_gone(int(told.read_text())))
 
 
+def running(*argv: str) -> list[int]:
+    """Return the numbers of the processes with this command line."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        # It may be gone by now.
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().split(b"\0")[:-1] == [os.fsencode(word) for word in argv]:
+                found.append(int(process.name))
+    return found
+
+
+def test_program_that_is_just_being_started_is_ended_too() -> None:
+    # Seconds that nobody else sleeps for.
+    seconds = f"300.{os.getpid()}"
+    try:
+        for moment in range(200):
+
+            def interrupted(moment: int = moment) -> None:
+                time.sleep(moment * 0.00002)
+                raise Interrupt
+
+            with pytest.raises(Interrupt):
+                command.run(DISK, "sleep", seconds, meanwhile=interrupted)
+
+        until(lambda: not running("sleep", seconds))
+    finally:
+        for pid in running("sleep", seconds):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_signal_s_handler_that_raises_ends_the_program(tmp_path: pathlib.Path) -> None:
     told = tmp_path / "told"
 

@@ -218,13 +218,14 @@ def test_overlay_gets_subclusters_and_the_configured_cluster_size(host: Host, ma
     assert (image.cluster_size, image.extended_l2) == (CLUSTER // 2, True)
 
 
-@pytest.mark.parametrize("mapped", [None, 0.5])
+# A copy is told its backing file's format among the options.
+@pytest.mark.parametrize(("mapped", "backing"), [(None, {}), (0.5, {"backing_fmt": "raw"})])
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
-def test_new_overlay_is_made_in_the_mode(host: Host, mode: Mode, mapped: float | None) -> None:
+def test_new_overlay_is_made_in_the_mode(host: Host, mode: Mode, mapped: float | None, backing: dict[str, str]) -> None:
     in_format.qcow2(mode).preallocate(host.overlay(mapped=mapped), existing="rewrite")
 
     [call] = host.run("create", "convert")
-    assert call.options == {"preallocation": mode, **OVERLAY_OPTIONS}
+    assert call.options == {"preallocation": mode, **OVERLAY_OPTIONS, **backing}
 
 
 # Growing a new overlay under zeros.

@@ -166,7 +166,8 @@ def test_convert_names_the_format_of_both_ends_and_keeps_the_backing_file(progra
 
     [call] = programs.calls
     assert call.after("-O") == "qcow2"
-    assert (call.after("-B"), call.after("-F")) == (BASE, "raw")
+    assert call.after("-B") == BASE
+    assert call.options == {"extended_l2": "on", "backing_fmt": "raw"}
     # Which it is opened over, whatever its header says.
     assert hosts.csv(call.argv[-2]) == {
         "driver": "qcow2",
@@ -179,13 +180,21 @@ def test_convert_names_the_format_of_both_ends_and_keeps_the_backing_file(progra
     assert call.argv[-1] == "/new"
 
 
+def test_convert_names_the_backing_file_s_format_in_words_that_qemu_5_2_knows(programs: Programs) -> None:
+    qemu_img.convert(DISK, NAME, "/new", 512, "qcow2", {}, backing_file=BASE, backing_format="raw")
+
+    [call] = programs.calls
+    assert "-F" not in call.argv
+    assert call.options == {"backing_fmt": "raw"}
+
+
 def test_convert_without_a_backing_file_names_the_format_of_both_ends(programs: Programs) -> None:
     qemu_img.convert(DISK, NAME, "/new", 512, "raw", {})
 
     [call] = programs.calls
     assert (call.after("-f"), call.after("-O")) == ("raw", "raw")
     assert call.argv[-2:] == (NAME, "/new")
-    assert not {"-B", "-F", "-S", "--image-opts"} & set(call.argv)
+    assert not {"-B", "-o", "-S", "--image-opts"} & set(call.argv)
 
 
 def test_convert_keeps_clusters_mapped_that_read_as_zeros_over_a_backing_file(programs: Programs) -> None:
