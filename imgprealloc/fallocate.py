@@ -164,13 +164,18 @@ def fill_named(path: str, device: int, inode: int, start: int, length: int) -> N
 
     :param device: st_dev of the file
     :param inode: its st_ino
-    :raises: OSError, with ESTALE for another file
+    :raises: OSError, with ESTALE for another file, and ENOSPC where others than
+        root could not have so much
     """
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (device, inode):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        space = os.fstatvfs(fd)
+        if space.f_bavail * space.f_frsize < length:
+            # Root would get what is kept for root.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         _fallocate(fd, _KEEP_SIZE, start, length)
     finally:
         os.close(fd)

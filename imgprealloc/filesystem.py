@@ -172,7 +172,17 @@ def _attributes(fd: int) -> int | None:
 
 
 def available(where: int | str) -> int:
-    """Return the bytes that this process may still take from the filesystem of a folder, or of what is open."""
+    """Return the bytes that disks may still take from the filesystem of a folder, or of what is open.
+
+    What is kept for root (ext4, 5 % by default) is not for disks, whoever we are:
+    without it everybody else's writes fail.
+    """
+    space = native_thread.run(os.statvfs, where)
+    return space.f_bavail * space.f_frsize
+
+
+def available_to_us(where: int | str) -> int:
+    """Return the bytes that this process's own fallocate could have there: to root also what is kept for it."""
     space = native_thread.run(os.statvfs, where)
     blocks = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     return blocks * space.f_frsize

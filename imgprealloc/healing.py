@@ -127,7 +127,7 @@ def would_lack_space_in_stock_nova(path: str, length: Optional[int]) -> bool:
             return False
         found = fallocate.extents(path)
         held = os.stat(path).st_blocks * 512 if found is None else fallocate.held(found, length)
-        return length - held > filesystem.available(directory)
+        return length - held > filesystem.available_to_us(path)
     except Exception:
         LOG.exception("%s: started without preallocation", path)
         return False

@@ -78,13 +78,13 @@ def _is_to_have_it(
         LOG.debug("%s: %d bytes short, which is more than given back; left to its next start", file.path, missing)
         return False
     is_shared = bool(fallocate.shared(file.program_name))
-    if filesystem.copies_on_write(file.program_name, is_shared=is_shared):
+    if filesystem.copies_on_write(file.fd, is_shared=is_shared):
         return False
     return strategy.holds_space(file.path)
 
 
 def _fill(file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]) -> None:
-    available = filesystem.available(file.folder)
+    available = filesystem.available(file.fd)
     if missing > available:
         raise os_errors.no_space(
             file.path, f"its guest has given {missing} bytes back, and the filesystem has {available}"

@@ -275,6 +275,9 @@ nova.conf.CONF([], project="nova")
 if filler == "root":
     # The daemon is Nova's; who starts it (sudo, rootwrap) is the host's.
     privsep.sys_admin_pctxt.start(priv_context.Method.FORK)
+# What Python imports at the first use of it, this user may not read.
+Preallocator().inspect(path, format=format)
+Preallocator().holds_space(path)
 os.setgroups([])
 os.setresgid(int(uid), int(uid), int(uid))
 os.setresuid(int(uid), int(uid), int(uid))
@@ -302,7 +305,8 @@ def _as_nobody(path: str, format: str, filler: str) -> str:
     command += [format, str(nobody), filler]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.split()[-1] if done.stdout else done.stderr
+    print(done.stdout, done.stderr)
+    return done.stdout.split()[-1]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import pathlib
 import struct
 import sys
+from types import SimpleNamespace
 
 import fixtures
 from oslo_utils import units
@@ -116,6 +117,20 @@ def test_file_that_was_not_meant_is_left(file: pathlib.Path, device: int, inode:
         fallocate.fill_named(str(file), status.st_dev + device, status.st_ino + inode, 0, 8192)
 
     assert caught.value.errno == errno.ESTALE
+    assert file.stat().st_blocks == 0
+
+
+def test_what_is_kept_for_root_is_not_for_disks(file: pathlib.Path) -> None:
+    status = file.stat()
+    space = SimpleNamespace(f_bfree=100, f_bavail=1, f_frsize=4096)
+
+    with (
+        fixtures.MockPatchObject(os, "fstatvfs", lambda fd: space),
+        pytest.raises(OSError, match=ENOSPC) as caught,
+    ):
+        fallocate.fill_named(str(file), status.st_dev, status.st_ino, 0, 8192)
+
+    assert caught.value.errno == errno.ENOSPC
     assert file.stat().st_blocks == 0
 
 

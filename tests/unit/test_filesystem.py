@@ -236,13 +236,14 @@ def test_what_a_snapshot_shares_takes_new_space_whatever_its_flags(
 
 
 @pytest.mark.parametrize(("user", "blocks"), [(0, 100), (162, 95)])
-def test_reserve_of_the_superuser_is_not_available_to_others(user: int, blocks: int) -> None:
+def test_reserve_of_the_superuser_is_not_for_disks_whoever_makes_them(user: int, blocks: int) -> None:
     space = SimpleNamespace(f_bfree=100, f_bavail=95, f_frsize=4096, f_bsize=65536)
     with (
         fixtures.MockPatchObject(os, "statvfs", lambda directory: space),
         fixtures.MockPatchObject(os, "geteuid", lambda: user),
     ):
-        assert filesystem.available("/srv") == blocks * 4096
+        assert filesystem.available("/srv") == 95 * 4096
+        assert filesystem.available_to_us("/srv") == blocks * 4096
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_disk_that_is_ours_has_its_holes_filled_by_ourselves(disk: str, turn: Tu
 def under(available: int, held: list[Extent] | None = None, *, can: bool = True) -> Iterator[None]:
     with (
         fixtures.MockPatchObject(filesystem, "under", lambda folder: Filesystem("ext4", can, False)),
-        fixtures.MockPatchObject(filesystem, "available", lambda folder: available),
+        fixtures.MockPatchObject(filesystem, "available_to_us", lambda folder: available),
         fixtures.MockPatchObject(fallocate, "extents", lambda path: held),
     ):
         yield
