@@ -72,6 +72,8 @@ def qcow2(file: DiskFile) -> DiskImage:
     image_end = qemu_img.number(path, check, "image-end-offset")
     # A cluster that belongs to a snapshot too is copied when it is written.
     growing = clusters if header.snapshots else clusters - mapped
+    leaked = qemu_img.count(path, check, "leaks")
+    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, mapped + compressed + leaked))
     return _image(
         file,
         status,
@@ -86,7 +88,7 @@ def qcow2(file: DiskFile) -> DiskImage:
         clusters=clusters,
         mapped_clusters=mapped,
         compressed_clusters=compressed,
-        leaked_clusters=qemu_img.count(path, check, "leaks"),
+        leaked_clusters=leaked,
         fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
         image_end=image_end,
         snapshots=header.snapshots,

@@ -25,6 +25,8 @@ longer request skips such gaps as are too small for it. There is no bound for
 that in the file's shape: a cluster that was given back may cost a new one as
 often as that is done. So it grows past this by no more than what was given back
 since, with its refcounts, and the next look tells what it can become from there.
+What had been given back before a look is taken to be there for the next requests
+(reusable()), which it is as far as they fit in.
 
 Layout: QEMU's docs/interop/qcow2.txt.
 """
@@ -42,6 +44,12 @@ _EXTENDED_L2_ENTRY = 16
 
 # QEMU splits what is longer (BDRV_REQUEST_MAX_BYTES).
 _LONGEST_REQUEST = 2 * units.Gi
+
+# From here on no refcount table moves that a disk of up to some hundred GiB has.
+_ORDINARY_CLUSTER_SIZE = 16 * units.Ki
+
+# Clusters that QEMU has passed over as a file grew.
+_GAPS = 64
 
 # New refcount blocks that are placed behind a request before the table moves.
 _BLOCKS_BEHIND = 3
@@ -71,6 +79,24 @@ def size(header: Header, image_end: int, clusters: int, growing: int) -> int:
         # The next move comes the sooner, the less far this one has gone.
         entries = _moved(full + in_a_block, cluster_size, in_a_block)[1] * (cluster_size // _ENTRY)
     return _with_refcounts(end, in_a_block) * cluster_size
+
+
+def reusable(header: Header, image_end: int, clusters: int, in_use: int) -> int:
+    """Return how many clusters within a file are free for sure, and so are taken before it grows.
+
+    A guest that zeroes its whole disk frees all of it: to count these clusters as
+    lost would have the host hold twice the disk. Of small clusters, and where more
+    than tables may lie between those of the guest, none count.
+
+    :param clusters: of the virtual size
+    :param in_use: by the guest, or by nothing (leaked)
+    """
+    if header.cluster_size < _ORDINARY_CLUSTER_SIZE or header.snapshots or header.has_bitmaps:
+        return 0
+    # What all tables take, where everything is allocated.
+    tables = size(header, 0, clusters, clusters) // header.cluster_size - clusters
+    tables += header.refcount_table_clusters + _divided(header.l1_entries * _ENTRY, header.cluster_size)
+    return max(0, image_end // header.cluster_size - in_use - tables - _GAPS)
 
 
 def _with_refcounts(clusters: int, in_a_block: int) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 from oslo_utils import units
@@ -97,3 +98,19 @@ def test_more_to_write_never_ends_sooner(tmp_path: pathlib.Path, bits: int, orde
 
     assert found == sorted(found)
     assert found[-1] < (1 << bits) * (1 << 24) * 1.4
+
+
+def test_what_is_free_within_a_file_is_what_is_neither_in_use_nor_may_be_tables(tmp_path: pathlib.Path) -> None:
+    shape = header(tmp_path, 64 * KiB)
+    # Two L2 tables and a refcount block, a refcount table and an L1 table; and what QEMU may have passed over.
+    most_other = 2 + 1 + 1 + 1 + 64
+
+    assert worst_case.reusable(shape, GiB, 16 * 1024, 1000) == 16 * 1024 - 1000 - most_other
+    assert worst_case.reusable(shape, (1000 + most_other) * 64 * KiB, 16 * 1024, 1000) == 0
+    assert worst_case.reusable(shape, 64 * KiB, 16 * 1024, 0) == 0
+
+
+def test_nothing_counts_as_free_beside_small_clusters_or_what_a_snapshot_keeps(tmp_path: pathlib.Path) -> None:
+    assert worst_case.reusable(header(tmp_path, 8 * KiB), GiB, 16 * 1024, 0) == 0
+    kept = dataclasses.replace(header(tmp_path, 64 * KiB), snapshots=1)
+    assert worst_case.reusable(kept, GiB, 16 * 1024, 0) == 0
