@@ -226,7 +226,8 @@ def test_disk_that_its_guest_has_zeroed_is_not_held_twice(
     images.qcow2(path, 112 * MiB, cluster_size=cluster_size, preallocation="falloc")
     at_first = path.stat().st_size
     # As QEMU before 9.1 does it for a guest, whatever it is told of discards; what is left is at the end.
-    images.run("qemu-io", "-d", "ignore", "-f", "qcow2", "-c", "write -z -u 0 105M", path)
+    disk = f"driver=qcow2,discard=unmap,file.driver=file,file.discard=ignore,file.filename={path}"
+    images.run("qemu-io", "-c", "write -z -u 0 105M", "--image-opts", disk)
     assert images.check(path)["allocated-clusters"] == 7 * MiB // cluster_size
 
     told = Preallocator().preallocate(path, "reserve", format="qcow2")
