@@ -36,11 +36,13 @@ class Finding:
     :param subject: what it is
     :param good: whether instances can be preallocated as far as this goes
     :param detail: what was found, and where it is not good, the way out
+    :param is_one_of_many: whether it is worth a line only where it is not good
     """
 
     subject: str
     good: bool
     detail: str
+    is_one_of_many: bool = False
 
 
 def check(config_files: list[str]) -> Iterator[Finding]:
@@ -79,7 +81,7 @@ def check(config_files: list[str]) -> Iterator[Finding]:
     import imgprealloc.nova as integration
 
     for seam in seams.compared():
-        yield Finding(seam.name, seam.fault is None, seam.fault or "as expected")
+        yield Finding(seam.name, seam.fault is None, seam.fault or "as expected", is_one_of_many=True)
     yield _driver(conf, integration)
     yield _switch(conf, integration)
     yield _backend(conf)

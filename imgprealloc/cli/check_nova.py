@@ -23,12 +23,23 @@ class CheckNova(lister.Lister):
             metavar="FILE",
             help="nova.conf, as given to nova-compute; may be repeated (default: where Nova looks for it)",
         )
+        parser.add_argument("--long", action="store_true", help="list every place in Nova that was compared, too")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
-        """Look at everything, good or not."""
+        """Look at everything; people are told the answer first, then what is not good, then the rest."""
         self.findings = list(check_nova.check(parsed_args.config_file))
-        return ("subject", "good", "detail"), [(found.subject, found.good, found.detail) for found in self.findings]
+        shown = self.findings
+        if parsed_args.formatter == "table":
+            bad = sum(not found.good for found in self.findings)
+            answer = (
+                f"will NOT be preallocated as promised: {bad} of these are not good" if bad else "will be preallocated"
+            )
+            self.app.stdout.write(f"Instances {answer}.\n")
+            shown = sorted(self.findings, key=lambda found: found.good)
+            if not parsed_args.long:
+                shown = [found for found in shown if not (found.good and found.is_one_of_many)]
+        return ("subject", "good", "detail"), [(found.subject, found.good, found.detail) for found in shown]
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show what was found; 0 only if instances will be preallocated."""

@@ -18,6 +18,7 @@ from oslo_utils import units
 from prometheus_client import parser
 import pytest
 
+from imgprealloc import check_nova
 from imgprealloc import cli
 from imgprealloc import instances
 from imgprealloc.cli import abreast
@@ -453,6 +454,47 @@ def test_metrics_that_cannot_be_written_are_an_error(host: Host, run: Run) -> No
 
     assert told.status == 1
     assert "/nowhere/imgprealloc.prom: No such file or directory" in told.err
+
+
+# check-nova
+
+
+FINDINGS = [
+    check_nova.Finding("Nova", True, "34.0.0"),
+    check_nova.Finding("Flat.cache", True, "as expected", is_one_of_many=True),
+    check_nova.Finding("Flat.exists", True, "as expected", is_one_of_many=True),
+]
+MISSING = check_nova.Finding("Qcow2.cache", False, "it is missing", is_one_of_many=True)
+
+
+def subjects(table: str) -> list[str]:
+    return [line.split()[1] for line in table.splitlines() if line.startswith("| ")][1:]
+
+
+@pytest.mark.parametrize(
+    ("findings", "long", "status", "answer", "shown"),
+    [
+        (FINDINGS, [], 0, "Instances will be preallocated.", ["Nova"]),
+        (FINDINGS, ["--long"], 0, "Instances will be preallocated.", ["Nova", "Flat.cache", "Flat.exists"]),
+        ([*FINDINGS, MISSING], [], 1, "NOT be preallocated as promised: 1 of", ["Qcow2.cache", "Nova"]),
+    ],
+)
+def test_answer_comes_first_then_what_is_not_good(
+    run: Run, findings: list[check_nova.Finding], long: list[str], status: int, answer: str, shown: list[str]
+) -> None:
+    with fixtures.MockPatchObject(check_nova, "check", lambda files: iter(findings)):
+        told = run("check-nova", *long)
+
+    assert told.status == status
+    assert answer in told.out.splitlines()[0]
+    assert subjects(told.out) == shown
+
+
+def test_machines_are_told_everything_in_its_order_and_nothing_else(run: Run) -> None:
+    with fixtures.MockPatchObject(check_nova, "check", lambda files: iter([*FINDINGS, MISSING])):
+        told = run("check-nova", "-f", "json")
+
+    assert [row["subject"] for row in json.loads(told.out)] == ["Nova", "Flat.cache", "Flat.exists", "Qcow2.cache"]
 
 
 # The others do what they say.
