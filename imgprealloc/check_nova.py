@@ -140,11 +140,10 @@ def _given_back(conf: cfg.ConfigOpts) -> Iterator[Finding]:
         return
     if is_kept:
         return
-    interval = conf.imgprealloc.heal_interval
-    if interval and conf.compute_driver == DRIVER:
-        outcome = f"nova-compute sets it aside again every {interval} s (heal_interval)"
+    if conf.compute_driver == DRIVER and opts.refills(conf):
+        outcome = f"nova-compute sets it aside again every {conf.imgprealloc.heal_interval} s (heal_interval)"
     elif conf.compute_driver == DRIVER:
-        outcome = "nothing sets it aside again until the next start (heal_interval = 0)"
+        outcome = "nothing sets it aside again until the next start (heal_interval, protect_from_discard)"
     else:
         outcome = "run imgprealloc allocate from a timer (contrib/systemd), which sets it aside again"
     yield Finding(

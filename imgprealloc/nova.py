@@ -119,7 +119,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def init_host(self, host: str) -> None:
         """Begin to look after the disks of the guests that run, as a service starts."""
         super().init_host(host)
-        if _is_given_back_in_vain() and self._rounds is None:
+        if is_on() and opts.refills(CONF) and self._rounds is None:
             self._rounds = rounds.Rounds(
                 BACKGROUND,
                 CONF.imgprealloc.heal_interval,
@@ -245,12 +245,6 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
             with _warning_of_faults(instance):
                 _heal_described(xml, instance, is_started=power_on or pause)
         return super()._create_guest(context, xml, instance, power_on, pause, *args, **kwargs)
-
-
-def _is_given_back_in_vain() -> bool:
-    """Whether guests are to be kept from giving space back, all the time that they run."""
-    may_give_back = CONF.libvirt.hw_disk_discard == "unmap" and not CONF.imgprealloc.protect_from_discard
-    return is_on() and bool(CONF.imgprealloc.heal_interval) and not may_give_back
 
 
 @contextlib.contextmanager

@@ -102,6 +102,12 @@ def validate(conf: cfg.ConfigOpts) -> None:
         getattr(conf.imgprealloc, option.dest)
 
 
+def refills(conf: cfg.ConfigOpts) -> bool:
+    """Whether what running guests give back is set aside again, where disks are preallocated at all."""
+    may_give_back = conf.libvirt.hw_disk_discard == "unmap" and not conf.imgprealloc.protect_from_discard
+    return bool(conf.imgprealloc.heal_interval) and not may_give_back
+
+
 def preallocator_from(conf: cfg.ConfigOpts, chosen: Mapping[str, Any] = MappingProxyType({})) -> Preallocator:
     """Return the Preallocator that conf.imgprealloc describes.
 

@@ -20,6 +20,7 @@ def _conf(tmp_path: pathlib.Path, text: str = "") -> cfg.ConfigOpts:
     path.write_text(text)
     conf = cfg.ConfigOpts()
     conf.register_opt(cfg.StrOpt("compute_driver", default=check_nova.DRIVER))
+    conf.register_opt(cfg.StrOpt("hw_disk_discard"), group="libvirt")
     opts.register(conf)
     conf(["--config-file", str(path)], default_config_files=[], default_config_dirs=[])
     return conf
@@ -46,8 +47,15 @@ def test_nothing_is_told_of_a_qemu_with_which_guests_keep_their_space(
     assert not list(check_nova._given_back(_conf(tmp_path)))
 
 
-def test_who_has_switched_healing_off_is_told_that_nothing_heals(host: Host, tmp_path: pathlib.Path) -> None:
-    [found] = check_nova._given_back(_conf(tmp_path, "[imgprealloc]\nheal_interval = 0\n"))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[imgprealloc]\nheal_interval = 0\n",
+        "[libvirt]\nhw_disk_discard = unmap\n[imgprealloc]\nprotect_from_discard = false\n",
+    ],
+)
+def test_who_has_switched_healing_off_is_told_that_nothing_heals(host: Host, tmp_path: pathlib.Path, text: str) -> None:
+    [found] = check_nova._given_back(_conf(tmp_path, text))
 
     assert "nothing sets it aside again" in found.detail
 
