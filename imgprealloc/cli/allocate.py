@@ -23,7 +23,7 @@ class Allocate(disks.Allocating):
             action="store_true",
             help="copy disks that have data into preallocated ones, instead of only reserving their space",
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
+        working.add_paths(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:

@@ -37,7 +37,7 @@ class Check(working.Working):
             help="what a good disk is: its space is held (reserved, preallocated), or its clusters are mapped as well "
             "(default: held)",
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
+        working.add_paths(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ class Metrics(working.Working):
             metavar="FILE",
             help="write FILE, and let it appear only when it is whole; its name ends in .prom",
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
+        working.add_paths(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ class Show(disks.Disks):
         parser.add_argument(
             "--check", action="store_true", help=f"exit with {_NOT_PREALLOCATED} if a disk is not preallocated"
         )
-        parser.add_argument("paths", nargs="*", metavar="PATH", help=working.PATHS)
+        working.add_paths(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:

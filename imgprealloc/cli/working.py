@@ -20,6 +20,7 @@ from oslo_config import cfg
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import instances
+from imgprealloc import mounts
 from imgprealloc.cli import abreast
 from imgprealloc.cli import signals
 from imgprealloc.image import DiskImage
@@ -28,7 +29,7 @@ from imgprealloc.image import State
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
-PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
+_PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Filesystem:
     states: collections.Counter[State]
     short: int
     available: int
+
+
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """Let a command be given the disks that Working.named() lists."""
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=_PATHS)
 
 
 class Working(command.Command):
@@ -156,18 +162,21 @@ def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:
     for images in of_device.values():
         folder = os.path.dirname(os.path.realpath(images[0].path))
         with contextlib.suppress(OSError):
-            yield Filesystem(
-                mount_point=_mount_point(folder),
-                states=collections.Counter(image.state for image in images),
-                short=sum(image.shortfall for image in images),
-                available=filesystem.available(folder),
-            )
+            yield _filesystem(folder, images)
 
 
-def _mount_point(folder: str) -> str:
-    while not os.path.ismount(folder):
-        folder = os.path.dirname(folder)
-    return folder
+def _filesystem(folder: str, images: Sequence[DiskImage]) -> Filesystem:
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount = mounts.of(fd)
+        return Filesystem(
+            mount_point=folder if mount is None else mount.point,
+            states=collections.Counter(image.state for image in images),
+            short=sum(image.shortfall for image in images),
+            available=filesystem.available(fd),
+        )
+    finally:
+        os.close(fd)
 
 
 def _stamp(path: str) -> Optional[FileStamp]:
