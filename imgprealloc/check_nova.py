@@ -163,7 +163,7 @@ def _instances_path(conf: cfg.ConfigOpts) -> Finding:
         return Finding("instances_path", False, f"{path}: {exc.strerror}; run this as the user of nova-compute")
     text = f"{path}, on {under.name}"
     mode = conf.imgprealloc.mode
-    thin = _thin_below(path) if under.fallocate and mode == "falloc" else ""
+    thin = storage.thin_below_folder(path) if under.fallocate and mode == "falloc" else ""
     if thin:
         remedy = "mode falloc holds nothing there, full does: set [imgprealloc] mode = full"
         return Finding("instances_path", False, f"{text}, on thin storage ({thin}); {remedy}")
@@ -179,11 +179,3 @@ def _instances_path(conf: cfg.ConfigOpts) -> Finding:
         "error": "no instance can be built (on_unsupported = error)",
     }[fallback]
     return Finding("instances_path", good, f"{text}, which cannot set space aside: {outcome}")
-
-
-def _thin_below(path: str) -> str:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return storage.thin_below(fd)
-    finally:
-        os.close(fd)

@@ -32,6 +32,18 @@ def thin_below(fd: int) -> str:
     return native_thread.run(_thin_below, fd, frozenset())
 
 
+def thin_below_folder(path: str | os.PathLike[str]) -> str:
+    """Do the same for a folder that is not open.
+
+    :raises: OSError
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return thin_below(fd)
+    finally:
+        os.close(fd)
+
+
 def _thin_below(fd: int, seen: frozenset[str]) -> str:
     # What is not there, or not to be seen, is no finding.
     with contextlib.suppress(OSError), mounts.holding(fd) as holder:

@@ -101,6 +101,14 @@ def go_on(verb: Verb, disks: disks_module.Disks, path: pathlib.Path, mode: str) 
     disks.require_done(verb, path)
 
 
+def kill(verb: Verb, path: pathlib.Path, mode: str, mark: str, after: float) -> None:
+    """Begin a verb in a process of its own, and kill that after so many seconds."""
+    pid = begin(verb, path, mode, mark)
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def test_no_kill_loses_a_disk(
     disks: disks_module.Disks, by_name: dict[str, Verb], place: pathlib.Path, pytestconfig: pytest.Config
 ) -> None:
@@ -111,10 +119,7 @@ def test_no_kill_loses_a_disk(
             name, mode = KILLED[number % len(KILLED)], chance.choice(("falloc", "full"))
             verb, after = by_name[name], chance.uniform(0, times[name, mode])
             disks.prepare(verb, path)
-            pid = begin(verb, path, mode, f"kill-{number}")
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            kill(verb, path, mode, f"kill-{number}", after)
             with counts.case(verb, mode, f"killed after {after:.3f} s (kill {number})"):
                 try:
                     assert not (found := processes.left_running(f"kill-{number}")), f"children are left: {found}"
@@ -141,10 +146,7 @@ def test_no_kill_of_a_growth_by_an_odd_size_loses_a_disk(
             mode = modes[number % len(modes)]
             after = chance.uniform(0, times[mode])
             disks.prepare(verb, path)
-            pid = begin(verb, path, mode, f"kill-{number}")
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            kill(verb, path, mode, f"kill-{number}", after)
             with counts.case(verb, mode, f"killed after {after:.3f} s (kill {number})"):
                 assert not (found := processes.left_running(f"kill-{number}")), f"children are left: {found}"
                 disks.require_kept(verb, path)

@@ -35,14 +35,6 @@ def whole(tight: pathlib.Path) -> pathlib.Path:
     return tight
 
 
-def thin_below(folder: pathlib.Path) -> str:
-    fd = os.open(folder, os.O_PATH)
-    try:
-        return storage.thin_below(fd)
-    finally:
-        os.close(fd)
-
-
 def finding(folder: pathlib.Path, mode: str) -> check_nova.Finding:
     conf: Any = SimpleNamespace(
         instances_path=str(folder), imgprealloc=SimpleNamespace(mode=mode, on_unsupported="metadata")
@@ -57,23 +49,23 @@ def show(*disks: object, format: str = "raw") -> subprocess.CompletedProcess[str
 
 @on_devices
 def test_loop_device_on_a_sparse_file_is_thin(tight: pathlib.Path) -> None:
-    assert f"is the file {tight.parent}/image, which has " in thin_below(tight)
+    assert f"is the file {tight.parent}/image, which has " in storage.thin_below_folder(tight)
 
 
 @on_devices
 def test_loop_device_on_a_file_that_has_all_its_space_is_not_thin(whole: pathlib.Path) -> None:
-    assert thin_below(whole) == ""
+    assert storage.thin_below_folder(whole) == ""
 
 
 def test_tmpfs_is_not_thin() -> None:
     with loop_filesystem.mounted("tmpfs", MiB) as mount_point:
-        assert thin_below(pathlib.Path(mount_point)) == ""
+        assert storage.thin_below_folder(pathlib.Path(mount_point)) == ""
 
 
 @on_devices
 def test_overlayfs_is_as_thin_as_what_keeps_its_files(tight: pathlib.Path) -> None:
     with loop_filesystem.overlaid(str(tight)) as merged:
-        assert "which has " in thin_below(pathlib.Path(merged))
+        assert "which has " in storage.thin_below_folder(pathlib.Path(merged))
 
 
 @pytest.fixture
@@ -91,7 +83,7 @@ def upon(tight: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def test_file_that_has_its_space_on_thin_storage_is_thin_itself(upon: pathlib.Path, tight: pathlib.Path) -> None:
-    assert f"is the file {tight.parent}/image, which has " in thin_below(upon)
+    assert f"is the file {tight.parent}/image, which has " in storage.thin_below_folder(upon)
 
 
 def test_file_that_is_written_on_thin_storage_is_not(upon: pathlib.Path, tight: pathlib.Path) -> None:
@@ -102,7 +94,7 @@ def test_file_that_is_written_on_thin_storage_is_not(upon: pathlib.Path, tight: 
         file.write(content)
         os.fsync(file.fileno())
 
-    assert thin_below(upon) == ""
+    assert storage.thin_below_folder(upon) == ""
 
 
 # What is said of it.

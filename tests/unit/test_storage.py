@@ -52,14 +52,6 @@ def sysfs(tmp_path: pathlib.Path) -> Iterator[Sysfs]:
         yield Sysfs(root)
 
 
-def thin_below(folder: pathlib.Path) -> str:
-    fd = os.open(folder, os.O_PATH)
-    try:
-        return storage.thin_below(fd)
-    finally:
-        os.close(fd)
-
-
 def lvm(suffix: str = "") -> dict[str, str]:
     return {"dm__uuid": f"LVM-{'a' * 64}{suffix}", "dm__name": f"vg-volume{suffix}"}
 
@@ -67,18 +59,18 @@ def lvm(suffix: str = "") -> dict[str, str]:
 def test_disk_is_not_thin(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
     sysfs.add("vda9")
 
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
 
 
 def test_device_that_sysfs_does_not_know_is_not_called_thin(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
 
 
 def test_linear_volume_is_not_thin(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
     sysfs.add("vda1")
     sysfs.add("dm-9", "vda1", **lvm())
 
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
 
 
 @pytest.mark.parametrize(
@@ -95,7 +87,7 @@ def test_volume_of_a_thin_pool_is_thin(tmp_path: pathlib.Path, sysfs: Sysfs, poo
     sysfs.add("dm-3", "dm-2", **pool)
     sysfs.add("dm-9", "dm-3", **lvm())
 
-    assert thin_below(tmp_path) == f"{pool['dm__name']} is a thin pool"
+    assert storage.thin_below_folder(tmp_path) == f"{pool['dm__name']} is a thin pool"
 
 
 def test_pool_is_found_below_encryption_raid_and_partitions(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
@@ -107,7 +99,7 @@ def test_pool_is_found_below_encryption_raid_and_partitions(tmp_path: pathlib.Pa
     sysfs.add("dm-8", "md7", dm__uuid="CRYPT-LUKS2-c", dm__name="secret")
     sysfs.add("dm-8p9", within="dm-8", partition="1")
 
-    assert thin_below(tmp_path) == "vg-volume-tpool is a thin pool"
+    assert storage.thin_below_folder(tmp_path) == "vg-volume-tpool is a thin pool"
 
 
 def loop(sysfs: Sysfs, path: pathlib.Path, size: int, **more: str) -> None:
@@ -120,7 +112,7 @@ def test_loop_device_on_a_file_with_holes_is_thin(tmp_path: pathlib.Path, sysfs:
     os.truncate(image, MiB)
     loop(sysfs, image, MiB)
 
-    assert thin_below(tmp_path) == f"loop9 is the file {image}, which has 0 of its {MiB} bytes"
+    assert storage.thin_below_folder(tmp_path) == f"loop9 is the file {image}, which has 0 of its {MiB} bytes"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +130,7 @@ def test_loop_device_on_a_part_of_a_file_is_looked_at(
     os.truncate(tmp_path / "image", MiB)
     loop(sysfs, tmp_path / "image", size, **limits)
 
-    assert thin_below(tmp_path).startswith("loop9 is the file")
+    assert storage.thin_below_folder(tmp_path).startswith("loop9 is the file")
 
 
 def test_file_of_another_size_is_not_the_one_of_the_loop_device(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
@@ -146,13 +138,13 @@ def test_file_of_another_size_is_not_the_one_of_the_loop_device(tmp_path: pathli
     os.truncate(tmp_path / "image", MiB)
     loop(sysfs, tmp_path / "image", 2 * MiB)
 
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
 
 
 def test_loop_device_whose_file_is_gone_is_not_called_thin(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
     loop(sysfs, tmp_path / "image (deleted)", MiB)
 
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
 
 
 def test_file_that_has_all_its_space_on_the_very_device_ends_the_search(tmp_path: pathlib.Path, sysfs: Sysfs) -> None:
@@ -160,4 +152,4 @@ def test_file_that_has_all_its_space_on_the_very_device_ends_the_search(tmp_path
         os.posix_fallocate(file.fileno(), 0, MiB)
     loop(sysfs, tmp_path / "image", MiB)
 
-    assert thin_below(tmp_path) == ""
+    assert storage.thin_below_folder(tmp_path) == ""
