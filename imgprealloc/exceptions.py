@@ -30,6 +30,17 @@ class PreallocationError(Exception):
     def __str__(self) -> str:
         return _on_one_line(f"{self.path}: {self.reason}. {self.remedy}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python would call __init__ with these three alone, and some need more.
+        return _made_again, (type(self), self.args, vars(self))
+
+
+def _made_again(kind: type[PreallocationError], args: tuple[Any, ...], state: dict[str, Any]) -> PreallocationError:
+    """Make a copy of an error, in another process perhaps."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
+
 
 def _on_one_line(text: str) -> str:
     """Escape what would end the line, or speak to the terminal; a file's name may have it."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 import errno
 import inspect
 import os
+import pickle
 
 import fixtures
 from oslo_concurrency import processutils
@@ -195,6 +197,23 @@ def test_error_names_the_disk_what_was_found_and_a_way_out(
     assert error.remedy.endswith(".")
     assert error.remedy[0].isupper()
     assert "None" not in str(error)
+
+
+@each_error
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copy", "pickle"]
+)
+def test_error_comes_whole_into_another_process(
+    host: Host,
+    kind: type[PreallocationError],
+    provoke: Callable[[Host], None],
+    copied: Callable[[PreallocationError], PreallocationError],
+) -> None:
+    error = raised(kind, provoke, host)
+
+    found = copied(error)
+
+    assert (type(found), str(found), vars(found)) == (kind, str(error), vars(error))
 
 
 @each_error
