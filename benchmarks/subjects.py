@@ -7,6 +7,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import os
+import shutil
 import subprocess
 from typing import Literal, get_args
 
@@ -111,7 +112,11 @@ def limits(spawn: Callable[[str, int], str]) -> list[Subject]:
 
 def _raw(mode: Mode) -> Subject:
     def make(folder: str, base: str, size: int) -> str:
-        return Preallocator(mode).create(os.path.join(folder, "disk"), size, format="raw").path
+        # As Nova's: with the base image's data in it.
+        path = os.path.join(folder, "disk")
+        shutil.copyfile(base, path)
+        os.truncate(path, size)
+        return Preallocator(mode).preallocate(path, format="raw").path
 
     return Subject(raw(mode), "raw", make)
 

@@ -20,6 +20,7 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc.format import Existing
+from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
 
 LOG = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def heal(
     greatest: Optional[int] = None,
     copying: bool = True,
     filler: Optional[fallocate.Filler] = None,
+    known: Optional[DiskImage] = None,
 ) -> None:
     """Preallocate a disk that was there, if it can be done; a guest that can start has to start.
 
@@ -74,10 +76,13 @@ def heal(
         may be its guest's, who could have the host's space set aside by it
     :param copying: whether what it shares with other files may be copied, for
         which a start may have to wait
+    :param known: the disk as the caller has just found it, so that it is not
+        looked at once more
     :raises: NoSpace where that would have failed, too
     """
     try:
-        known = looks.at(strategy, path, format)
+        if known is None:
+            known = looks.at(strategy, path, format)
         if greatest is not None and known.virtual_size > greatest:
             log.warn_once("too large", path, f"not preallocated: as {format} it would be larger than Nova has made it")
             return

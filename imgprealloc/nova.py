@@ -354,12 +354,19 @@ def _existing_disks() -> Existing:
 
 
 def _heal(
-    path: str, format: str, instance: Any, *, existing: Existing | None = None, stock_length: int | None = None
+    path: str,
+    format: str,
+    instance: Any,
+    *,
+    existing: Existing | None = None,
+    stock_length: int | None = None,
+    known: DiskImage | None = None,
 ) -> None:
     """Preallocate a disk that was there, as nova.conf and Nova's records of its format allow.
 
     :param existing: what may happen to it, where that is known
     :param stock_length: bytes that stock Nova would have called fallocate for
+    :param known: the disk as it has just been found
     :raises: NoSpace where that would have failed, too
     """
     greatest = None
@@ -384,6 +391,7 @@ def _heal(
         stock_length=stock_length,
         greatest=greatest,
         filler=fill_as_root,
+        known=known,
     )
 
 
@@ -411,8 +419,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             record.doubt(path or os.path.join(libvirt_utils.get_instance_path(instance), str(disk_name)))
         super().__init__(instance, disk_name, path, disk_info_mapping)
         self._instance = instance
-        # Whether cache() has found the disk there already.
+        # Whether cache() has found the disk there already, and what it has grown into since.
         self._existed = False
+        self._grown: DiskImage | None = None
 
     @property
     def _is_as_uploaded(self) -> bool:
@@ -434,7 +443,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         # image would wait.
         if self._existed:
             if not self._awaits_conversion():
-                _heal(self.path, self.driver_format, self._instance, stock_length=size)
+                _heal(self.path, self.driver_format, self._instance, stock_length=size, known=self._grown)
         elif self.driver_format not in FORMATS:
             # A copy of an image that Nova was told to leave as it is.
             log.warn_once("format", self.path, f"not preallocated: its format is {self.driver_format}")
@@ -490,6 +499,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             return
         if is_qcow2 and self._existed and record.agrees(self.path, "qcow2") and not self._awaits_conversion():
             self._grow(size)
+            if self._has_size(size):
+                return
+            self._grown = None
         super().resize_image(size)
 
     def _has_size(self, size: int) -> bool:
@@ -517,10 +529,10 @@ class _Preallocating(_Image):  # type: ignore[misc]
         return False
 
     def _grow(self, size: int) -> None:
+        # To have the filesystem inside grown, too, the last sector is left to Nova.
+        left = _SECTOR if CONF.resize_fs_using_block_device else 0
         try:
-            # The last sector is left to Nova, which then also grows the
-            # filesystem inside, if it is told to.
-            self._preallocator().resize(self.path, size - _SECTOR, format=self.driver_format)
+            self._grown = self._preallocator().resize(self.path, size - left, format=self.driver_format)
         except exceptions.PreallocationError as exc:
             if isinstance(exc, exceptions.NoSpace) and healing.would_lack_space_in_stock_nova(self.path, size):
                 raise

@@ -17,12 +17,14 @@ from typing import Any
 import compute_host
 from compute_host import KINDS
 from nova.compute import utils as compute_utils
+from nova.virt.disk import api as disk_api
 import nova_disks
 from oslo_utils import units
 import pytest
 
 import imgprealloc
 from imgprealloc import looks
+from imgprealloc import qcow2_header
 
 SIZE = units.Gi
 
@@ -115,6 +117,44 @@ def test_description_of_a_disk_that_was_just_built_runs_no_qemu_img(
         assert _described(built).driver_io == "native"
 
         assert qemu_img.taken() == collections.Counter()
+
+
+def test_growth_starts_qemu_img_no_more_often_than_stock_nova_s(
+    disks: Callable[..., nova_disks.Disks], small_base: str, qemu_img: Counted
+) -> None:
+    counts = {}
+    for preallocated in (False, True):
+        made = disks(preallocated=preallocated)
+        built = made.spawn(small_base, SIZE)
+        qemu_img.clear()
+        made.cache(made.image_at(built.path), small_base, 2 * SIZE)
+        counts[preallocated] = qemu_img.taken()
+        assert qcow2_header.virtual_size(built.path) == 2 * SIZE
+
+    assert counts[True]["resize"] == counts[False]["resize"] == 1
+    assert counts[True].total() <= counts[False].total()
+
+
+@pytest.mark.parametrize("preallocated", [True, False], ids=["ours", "stock"])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_nova_grows_the_filesystem_inside_where_it_is_told_to(
+    disks: Callable[..., nova_disks.Disks],
+    small_base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    preallocated: bool,
+    is_told: bool,
+) -> None:
+    looked_into = []
+    monkeypatch.setattr(disk_api, "is_image_extendable", lambda image: looked_into.append(image.path))
+    made = disks(preallocated=preallocated)
+    built = made.spawn(small_base, SIZE)
+    nova_disks.CONF.set_override("resize_fs_using_block_device", is_told)
+    looked_into.clear()
+
+    made.cache(made.image_at(built.path), small_base, 2 * SIZE)
+
+    assert looked_into == ([built.path] if is_told else [])
+    assert qcow2_header.virtual_size(built.path) == 2 * SIZE
 
 
 @pytest.mark.parametrize("mode", ["falloc", "metadata"])
