@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import types
 from typing import Any
 
 import goals
@@ -15,6 +17,8 @@ import phases
 import pytest
 import subjects
 from turns import Series
+
+from imgprealloc import Preallocator
 
 _GIB = 1024**3
 
@@ -195,3 +199,14 @@ def test_goals_are_about_disks_that_the_short_form_has() -> None:
         *(subjects.ours("falloc", each) for each in ("unallocated", "allocated", "copied")),
         subjects.ours("full", "unallocated"),
     }
+
+
+def test_raw_disk_has_its_base_image_s_data_as_nova_s_has(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(b"data")
+    monkeypatch.setattr(Preallocator, "preallocate", lambda strategy, path, format: types.SimpleNamespace(path=path))
+    raw = next(one for one in subjects.limits(lambda base, size: "") if one.title == subjects.raw("falloc"))
+
+    assert pathlib.Path(raw.make(str(tmp_path), str(base), 8)).read_bytes() == b"data" + bytes(4)
