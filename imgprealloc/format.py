@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Optional
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import log
+from imgprealloc import sizes
 from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
@@ -168,7 +169,7 @@ class Format(abc.ABC):
         """
         if image.state in states or self.is_done(image, promise.mode):
             return image
-        short = f"mode {promise.mode} left it {image.state}, {image.shortfall} bytes short"
+        short = f"mode {promise.mode} left it {image.state}, {sizes.exact(image.shortfall)} short"
         if promise.holds_space:
             raise exceptions.NotPreallocated(
                 image.path, short, "The filesystem does not keep what it promises; see imgprealloc show.", image

@@ -25,6 +25,7 @@ from imgprealloc import progress as progresses
 from imgprealloc import promise as promises
 from imgprealloc import record
 from imgprealloc import replacement
+from imgprealloc import sizes
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
@@ -205,7 +206,7 @@ class Preallocator(Settings):
             if size <= before.virtual_size:
                 raise exceptions.InvalidSize(
                     path,
-                    f"{size} bytes are not more than the {before.virtual_size} that it has",
+                    f"{sizes.exact(size)} is not more than the {sizes.exact(before.virtual_size)} that it has",
                     "A disk can only grow; shrinking would cut off data. What it may lack of its space, "
                     "imgprealloc allocate sets aside.",
                 )
@@ -233,7 +234,8 @@ class Preallocator(Settings):
         if after.virtual_size != size:
             raise exceptions.BrokenImage(
                 file.path,
-                f"qemu-img said that it has grown the disk to {size} bytes, and it has {after.virtual_size}",
+                f"qemu-img said that it has grown the disk to {sizes.exact(size)}, "
+                f"and it has {sizes.exact(after.virtual_size)}",
                 "See whether this qemu-img works, then try again.",
             )
         kept = (before.state, *promise.states)
@@ -293,13 +295,16 @@ def _cut_short(strategy: Format, file: DiskFile, before: DiskImage, size: int) -
     except (exceptions.PreallocationError, OSError):
         return "Its growth was cut short, and it cannot be read now; see qemu-img check."
     if found == before.virtual_size:
-        return f"It still has {found} bytes, and what it holds is as it was."
+        return f"It still has {sizes.exact(found)}, and what it holds is as it was."
     if found == size:
         return (
-            f"It has the {found} bytes that it was to have all the same, and what it holds is as it was; what is left "
-            "to be done, imgprealloc allocate does."
+            f"It has the {sizes.exact(found)} that it was to have all the same, and what it holds is as it was; what "
+            "is left to be done, imgprealloc allocate does."
         )
-    return f"It has {found} bytes now of {size}, and what it holds is as it was; give the command again."
+    return (
+        f"It has {sizes.exact(found)} now of {sizes.exact(size)}, and what it holds is as it was; give the command "
+        "again."
+    )
 
 
 def _check_size(path: str, size: int) -> None:

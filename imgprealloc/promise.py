@@ -13,6 +13,7 @@ from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import os_errors
 from imgprealloc import qemu_img
+from imgprealloc import sizes
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
@@ -114,4 +115,6 @@ def require_space(place: Place, needed: int, fd: Optional[int] = None) -> None:
             time.sleep(_PAUSE)
             available = filesystem.available(fd)
         if available <= before:
-            raise os_errors.no_space(place.path, f"it needs {needed} bytes more, and the filesystem has {available}")
+            raise os_errors.no_space(
+                place.path, f"it needs {sizes.exact(needed)} more, and the filesystem has {sizes.exact(available)}"
+            )

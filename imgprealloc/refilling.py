@@ -22,6 +22,7 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import os_errors
+from imgprealloc import sizes
 from imgprealloc.preallocator import Preallocator
 
 LOG = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def _is_to_have_it(
 ) -> bool:
     """Whether space was held for a disk, and can be."""
     if key not in _whole and not looks.was_held(*key) and missing > length * _LITTLE:
-        LOG.debug("%s: %d bytes short, which is more than given back; left to its next start", file.path, missing)
+        LOG.debug(
+            "%s: %s short, which is more than given back; left to its next start", file.path, sizes.exact(missing)
+        )
         return False
     is_shared = bool(fallocate.shared(file.program_name))
     if filesystem.copies_on_write(file.fd, is_shared=is_shared):
@@ -87,13 +90,14 @@ def _fill(file: disk_file.DiskFile, length: int, missing: int, filler: Optional[
     available = filesystem.available(file.fd)
     if missing > available:
         raise os_errors.no_space(
-            file.path, f"its guest has given {missing} bytes back, and the filesystem has {available}"
+            file.path,
+            f"its guest has given {sizes.exact(missing)} back, and the filesystem has {sizes.exact(available)}",
         )
     is_ours = os.access(file.path, os.W_OK)
     with fallocate.filling_by(None if is_ours else filler):
         for gap in fallocate.gaps(file.program_name, 0, length):
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
-    LOG.info("%s: %d bytes that its guest had given back are set aside again", file.path, missing)
+    LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
 
 
 def _remember(key: tuple[int, int], length: int, blocks: int) -> None:

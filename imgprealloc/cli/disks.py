@@ -6,9 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
-import decimal
 import os
-import re
 from typing import Any
 
 from cliff import lister
@@ -16,12 +14,10 @@ from cliff.columns import FormattableColumn
 from oslo_utils import units
 
 from imgprealloc import settings
+from imgprealloc import sizes
 from imgprealloc.cli import working
 from imgprealloc.cli.working import Outcome
 from imgprealloc.preallocator import Preallocator
-
-_UNITS = {"": 1, "K": units.Ki, "M": units.Mi, "G": units.Gi, "T": units.Ti, "P": units.Pi, "E": units.Ei}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPE]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
 _COLUMNS = (
@@ -71,11 +67,7 @@ class Size(FormattableColumn):  # type: ignore[misc, type-arg]
 
     def human_readable(self) -> str:
         """Return the size with four digits and a binary unit."""
-        size, unit = float(self._value), "bytes"
-        for larger in ("KiB", "MiB", "GiB", "TiB"):
-            if size >= units.Ki:
-                size, unit = size / units.Ki, larger
-        return f"{size:.4g} {unit}"
+        return sizes.readable(self._value)
 
 
 class State(FormattableColumn):  # type: ignore[misc, type-arg]
@@ -154,15 +146,14 @@ class Allocating(Disks):
 
 
 def size(text: str) -> int:
-    """Parse a size as qemu-img does: bytes, or with K, M, G, T, P, E for powers of 1024.
+    """Parse an argument that is a size, as sizes.parse() does.
 
     :raises: argparse.ArgumentTypeError
     """
-    found = _SIZE.fullmatch(text)
-    bytes = decimal.Decimal(found[1]) * _UNITS[found[2].upper()] if found else decimal.Decimal("NaN")
-    if bytes != bytes.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 1.5G")
-    return int(bytes)
+    try:
+        return sizes.parse(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _cell(outcome: Outcome, column: str) -> Any:
@@ -185,5 +176,5 @@ def _summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """Say of each filesystem what its disks are, and whether it has what they are short of."""
     for found in working.by_filesystem(outcomes):
         counts = ", ".join(f"{number} {state}" for state, number in found.states.most_common())
-        short, available = (Size(size).human_readable() for size in (found.short, found.available))
+        short, available = sizes.readable(found.short), sizes.readable(found.available)
         yield f"{found.mount_point}: {counts}; {short} short, {available} available"

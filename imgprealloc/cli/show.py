@@ -15,6 +15,7 @@ from imgprealloc import exceptions
 from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import replacement
+from imgprealloc import sizes
 from imgprealloc import storage
 from imgprealloc import zeros
 from imgprealloc.cli import abreast
@@ -85,6 +86,6 @@ def _tell_leftovers(path: str) -> None:
             log.warn_once(
                 "left",
                 left.path,
-                f"left by an imgprealloc that was killed, {left.size} bytes; "
+                f"left by an imgprealloc that was killed, {sizes.exact(left.size)}; "
                 f"imgprealloc allocate {path}, or the instance's next start, removes it",
             )

@@ -21,6 +21,7 @@ import pytest
 from imgprealloc import check_nova
 from imgprealloc import cli
 from imgprealloc import instances
+from imgprealloc import sizes
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 
@@ -395,7 +396,7 @@ def test_filesystem_that_cannot_give_what_its_disks_may_ask_for_is_critical(host
 
     assert told.status == 2
     assert told.out.startswith("DISKS CRITICAL: ")
-    assert f"has {SIZE - 1} bytes, and its disks are {SIZE} short" in told.out
+    assert f"has {sizes.readable(SIZE - 1)}, and its disks are {sizes.readable(SIZE)} short" in told.out
 
 
 def test_disk_that_cannot_be_read_is_unknown(host: Host, run: Run) -> None:

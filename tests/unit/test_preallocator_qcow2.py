@@ -724,7 +724,8 @@ def test_growth_that_lacks_space_in_its_second_step_says_how_large_the_disk_is_a
     path = subclustered(host, SIZE - CLUSTER + 512)
     failing_in(host, 2)
 
-    with pytest.raises(exceptions.NoSpace, match=f"It has {SIZE} bytes now of {2 * SIZE}.*give the command again"):
+    told = rf"It has .*\({SIZE} bytes\) now of .*\({2 * SIZE} bytes\).*give the command again"
+    with pytest.raises(exceptions.NoSpace, match=told):
         in_format.qcow2(mode).resize(path, 2 * SIZE)
 
     assert host.files == ["base", "disk"]
@@ -758,7 +759,7 @@ def test_growth_whose_file_cannot_be_filled_says_that_the_disk_has_its_size_and_
 
     host.then["resize"] = with_a_hole
 
-    told = f"It has the {2 * SIZE} bytes that it was to have.* allocate does"
+    told = rf"It has the 32 MiB \({2 * SIZE} bytes\) that it was to have.* allocate does"
     with fixtures.MockPatchObject(fallocate, "reserve", full), pytest.raises(exceptions.NoSpace, match=told):
         in_format.qcow2().resize(path, 2 * SIZE)
 

@@ -174,4 +174,4 @@ def test_what_does_not_fit_is_refused_in_the_words_of_a_failed_program(host: Hos
 
     assert isinstance(caught.value, processutils.ProcessExecutionError)
     assert (caught.value.exit_code, caught.value.stderr) == (1, os.strerror(errno.ENOSPC))
-    assert "1000 bytes more, and the filesystem has 999" in str(caught.value)
+    assert "it needs 1000 bytes more, and the filesystem has 999 bytes" in str(caught.value)

@@ -149,7 +149,7 @@ def test_nothing_is_filled_where_all_does_not_fit(disk: str, played: Played) -> 
     played.lose(0, 8192)
     played.available = 8191
 
-    with pytest.raises(NoSpace, match="8192 bytes back"):
+    with pytest.raises(NoSpace, match=r"8 KiB \(8192 bytes\) back"):
         refilling.refill(Preallocator(), disk)
     assert played.filled == []
 
