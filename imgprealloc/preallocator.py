@@ -18,6 +18,7 @@ from oslo_log import log as logging
 
 from imgprealloc import disk_file
 from imgprealloc import exceptions
+from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import os_errors
@@ -32,6 +33,7 @@ from imgprealloc.format import Existing
 from imgprealloc.format import Format
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
+from imgprealloc.plan import Plan
 from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2 import Qcow2
@@ -61,6 +63,9 @@ class Preallocator(Settings):
     :param overlay_subclusters: what of an overlay is allocated before its guest
         writes: "unallocated", "allocated" (beyond the base) or "copied" (all)
     :param overlay_cluster_size: bytes, for overlays that are made anew
+    :param keep_free: what is left available to others on a filesystem: bytes, or
+        words as "10G", "5%", or "1%,10G" for the least of both; what would take
+        more is refused (NoSpace)
     :raises: ValueError for a value that is not one of a setting's
     """
 
@@ -93,7 +98,8 @@ class Preallocator(Settings):
         """Whether preallocate() would do anything to a disk; for whoever has others wait while it does.
 
         :param known: the disk as a look before has found it
-        :raises: UnsupportedFilesystem, and what inspect() raises
+        :raises: UnsupportedFilesystem, NoSpace where what it would take is to be
+            kept free, and what inspect() raises
         """
         path = os.fspath(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
@@ -101,10 +107,42 @@ class Preallocator(Settings):
                 return True
             word = record.word(file, format)
             strategy = self._format(file, word)
-            before = known if known.stamp == file.stamp() else strategy.read(file)
-            if strategy.is_done(before, self.mode):
-                return False
-            return _chosen(strategy, word, file, before, self._promise(file), existing) is not None
+            treatment = self._treatment(strategy, word, file, _looked_at(strategy, file, known), existing)
+            if treatment is not None:
+                treatment.promise.require_kept_free(file, treatment.needed, treatment.where(file))
+            return treatment is not None
+
+    def plan(
+        self,
+        path: str | os.PathLike[str],
+        existing: Existing = "recreate_blank",
+        *,
+        format: Optional[str] = None,
+        known: Optional[DiskImage] = None,
+    ) -> Plan:
+        """Say what preallocate() would do to a disk, also one in use; nothing is written.
+
+        But for a nameless file of 1 MiB, by which a filesystem is asked whether it
+        can set space aside.
+
+        :param existing: as for preallocate()
+        :param known: as for preallocate()
+        :raises: what inspect() raises; what preallocate() would refuse is in the plan
+        """
+        path = os.fspath(path)
+        with os_errors.translated(path), disk_file.opened(path) as file:
+            word = record.word(file, format)
+            strategy = self._format(file, word)
+            before = _looked_at(strategy, file, known)
+            error = None
+            try:
+                treatment = self._treatment(strategy, word, file, before, existing)
+                if treatment is not None:
+                    return _planned(file, before, treatment)
+            except exceptions.PreallocationError as exc:
+                error = exc
+            room = max(0, filesystem.room(file.fd, self.keep_free))
+            return Plan(before, self.mode, "none", before.state, 0, 0, 0, room, error)
 
     def create(
         self,
@@ -170,20 +208,15 @@ class Preallocator(Settings):
                 treatment = strategy.treatment_by_header(file, promise)
                 if treatment is not None:
                     return _logged(treatment.apply(), promise, "blank", started)
-            before = known if known is not None and known.stamp == file.stamp() else strategy.read(file)
-            if strategy.is_done(before, self.mode):
+            before = _looked_at(strategy, file, known)
+            treatment = self._treatment(strategy, word, file, before, existing)
+            if treatment is not None and treatment.replaces and before is known:
+                before = strategy.read(file)
+                treatment = self._treatment(strategy, word, file, before, existing)
+            if treatment is None:
                 LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
                 return before
-            promise = self._promise(file)
-            treatment = _chosen(strategy, word, file, before, promise, existing)
-            if treatment is None:
-                return before
-            if treatment.replaces and before is known:
-                before = strategy.read(file)
-                treatment = _chosen(strategy, word, file, before, promise, existing)
-                if treatment is None:
-                    return before
-            return _logged(treatment.apply(), promise, before.state, started)
+            return _logged(treatment.apply(), treatment.promise, before.state, started)
 
     def resize(self, path: str | os.PathLike[str], size: int, *, format: Optional[str] = None) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
@@ -243,6 +276,30 @@ class Preallocator(Settings):
             kept += ("reserved", "mapped")
         return strategy.kept(after, promise, kept)
 
+    def _treatment(
+        self, strategy: Format, word: Word, file: DiskFile, before: DiskImage, existing: Existing
+    ) -> Optional[Treatment]:
+        """Choose what is to be done to a disk that was looked at, as the word on its format allows; None for nothing.
+
+        :raises: UnsupportedFilesystem, FormatNotCertain
+        """
+        if strategy.is_done(before, self.mode):
+            return None
+        promise = self._promise(file)
+        treatment = strategy.treatment(file, before, promise, existing)
+        if treatment is not None and treatment.replaces and not word.certain:
+            if existing != "recreate_blank":
+                record.require_certain(file, word, "it is not rewritten")
+            log.warn_once(
+                "format guessed", file.path, f"not made anew, because nobody tells that it is {word.format}; "
+                "say so (--disk-format) if it is"
+            )  # fmt: skip
+            treatment = strategy.treatment(file, before, promise, "reserve")
+        elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
+            # One that may be made anew may stay what it is, too.
+            treatment = strategy.treatment(file, before, promise, "reserve")
+        return treatment
+
     def _format(self, place: Place, word: Word) -> Format:
         """Return what knows a format, with these settings.
 
@@ -257,28 +314,40 @@ class Preallocator(Settings):
         return FORMATS[word.format](self)
 
     def _promise(self, place: Place) -> Promise:
-        return promises.made(place, self.mode, self.on_unsupported)
+        return promises.made(place, self.mode, self.on_unsupported, self.keep_free)
 
 
-def _chosen(
-    strategy: Format, word: Word, file: DiskFile, before: DiskImage, promise: Promise, existing: Existing
-) -> Optional[Treatment]:
-    """Choose the treatment of a disk that the word on its format allows."""
-    treatment = strategy.treatment(file, before, promise, existing)
-    if treatment is not None and treatment.replaces and not word.certain:
-        if existing != "recreate_blank":
-            record.require_certain(file, word, "it is not rewritten")
-        log.warn_once(
-            "format guessed", file.path, f"not made anew, because nobody tells that it is {word.format}; "
-            "say so (--disk-format) if it is"
-        )  # fmt: skip
-        treatment = strategy.treatment(file, before, promise, "reserve")
-    elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
-        # One that may be made anew may stay what it is, too.
-        treatment = strategy.treatment(file, before, promise, "reserve")
-    if treatment is None:
-        LOG.debug("%s: left %s in mode %s", file.path, before.state, promise.mode)
-    return treatment
+def _planned(file: DiskFile, before: DiskImage, treatment: Treatment) -> Plan:
+    """Say what a treatment takes, and whether it would be refused."""
+    promise = treatment.promise
+    room = max(0, promise.room(treatment.where(file)))
+    written, error = 0, None
+    try:
+        if treatment.replaces:
+            replacement.refuse_links(file)
+        if treatment.alone:
+            lock.refuse_users(file.path, file.fd)
+        written = treatment.written()
+        if treatment.needed > room:
+            raise promise.lacking(file.path, treatment.needed, room)
+    except exceptions.PreallocationError as exc:
+        error = exc
+    return Plan(
+        before,
+        promise.mode,
+        treatment.name,
+        treatment.state if error is None else before.state,
+        space=treatment.needed - treatment.freed,
+        temporary=treatment.freed,
+        written=written,
+        available=room,
+        error=error,
+    )
+
+
+def _looked_at(strategy: Format, file: DiskFile, known: Optional[DiskImage]) -> DiskImage:
+    """Return the disk as it is: as a look before has found it, where it has not changed since."""
+    return known if known is not None and known.stamp == file.stamp() else strategy.read(file)
 
 
 def _logged(after: DiskImage, promise: Promise, before: str, started: float) -> DiskImage:

@@ -19,7 +19,6 @@ from imgprealloc.format import Geometry
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
 from imgprealloc.promise import Promise
-from imgprealloc.promise import require_space
 from imgprealloc.settings import Mode
 
 # raw has no metadata, and qemu-img refuses the word for it.
@@ -44,12 +43,21 @@ class Raw(format.Format):
         if self.is_done(image, promise.mode):
             return None
         if not image.copy_on_write:
-            return Treatment(False, functools.partial(self._hold, file, image, promise))
+            return self.holding("fill", file, image, promise, promise.states, written=promise.mode == "full")
         if not promise.nocow:
             return None
         if existing not in ("rewrite", "just_made"):
             raise format.copied_on_write(file.path)
-        return Treatment(True, functools.partial(self._copy, file, image, promise))
+        return Treatment(
+            "rewrite",
+            promise,
+            functools.partial(self._copy, file, image, promise),
+            promise.state,
+            needed=image.virtual_size,
+            freed=format.given_back(file, image.shared_bytes),
+            written=lambda: image.virtual_size if promise.mode == "full" else image.held_size,
+            alone=True,
+        )
 
     def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
         return None
@@ -60,7 +68,7 @@ class Raw(format.Format):
         if backing_file is not None:
             raise exceptions.UnsupportedFormat(place.path, "a raw disk has no backing file", "Create it as qcow2.")
         if promise.mode != "metadata":
-            require_space(place, size)
+            promise.require_space(place, size)
         options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
         return self.put(
             functools.partial(replacement.new, place),
@@ -71,18 +79,14 @@ class Raw(format.Format):
 
     def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
         if promise.mode != "metadata":
-            require_space(file, size - image.virtual_size, file.fd)
+            promise.require_space(file, size - image.virtual_size, file.fd)
         qemu_img.resize(file.path, file.program_name, size, "raw", _PREALLOCATION[promise.mode])
 
     def recover(self, file: DiskFile) -> None:
         pass
 
-    def _hold(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        written = promise.mode == "full"
-        return self.hold(file, image, image.file_size, promise, promise.states, written=written)
-
     def _copy(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        require_space(file, image.virtual_size)
+        promise.require_space(file, image.virtual_size)
         options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
         return self.put(
             functools.partial(replacement.replacing, file, image.stamp),

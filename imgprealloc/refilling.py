@@ -22,6 +22,7 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import os_errors
+from imgprealloc import promise
 from imgprealloc import sizes
 from imgprealloc.preallocator import Preallocator
 
@@ -65,7 +66,7 @@ def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler]
         if missing and not _is_to_have_it(strategy, file, key, missing, length):
             return 0
         if missing:
-            _fill(file, length, missing, filler)
+            _fill(strategy, file, length, missing, filler)
         _remember(key, length, os.fstat(file.fd).st_blocks)
     log.forget_one("given back", path)
     return missing
@@ -86,12 +87,13 @@ def _is_to_have_it(
     return strategy.holds_space(file.path)
 
 
-def _fill(file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]) -> None:
-    available = filesystem.available(file.fd)
+def _fill(
+    strategy: Preallocator, file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]
+) -> None:
+    available = filesystem.room(file.fd, strategy.keep_free)
     if missing > available:
-        raise os_errors.no_space(
-            file.path,
-            f"its guest has given {sizes.exact(missing)} back, and the filesystem has {sizes.exact(available)}",
+        raise promise.lacking(
+            file.path, f"its guest has given {sizes.exact(missing)} back", available, strategy.keep_free
         )
     is_ours = os.access(file.path, os.W_OK)
     with fallocate.filling_by(None if is_ours else filler):

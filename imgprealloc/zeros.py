@@ -51,6 +51,11 @@ def has_unwritten(fd: int, *, more_than: int = 0) -> bool:
     return False
 
 
+def unwritten(fd: int) -> int:
+    """Count the bytes of a file that were not written yet, whether they are held or not."""
+    return sum(hole.length for hole in _holes(fd))
+
+
 def _holes(fd: int) -> Iterator[Extent]:
     """List what is said to read as zeros without having been written.
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
+import dataclasses
 import os
 from typing import Any
 
@@ -93,10 +94,10 @@ class Disks(working.Working, lister.Lister):
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show the disks, and return the exit status."""
         self.status = 0
-        self._outcomes: list[Outcome] = []
+        self.summary: list[str] = []
         super().run(parsed_args)
         if parsed_args.formatter == "table":
-            for line in _summary(self._outcomes):
+            for line in self.summary:
                 self.app.stdout.write(f"{line}\n")
         return self.status
 
@@ -104,11 +105,11 @@ class Disks(working.Working, lister.Lister):
         self, outcomes: list[Outcome], parsed_args: argparse.Namespace
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Make a table of what became of disks, for whoever is to read it."""
-        self._outcomes = outcomes
+        self.summary = list(_summary(outcomes))
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-        return tuple(columns), [tuple(_cell(outcome, column) for column in columns.values()) for outcome in outcomes]
+        return tuple(columns), [tuple(cell(outcome, column) for column in columns.values()) for outcome in outcomes]
 
 
 class Allocating(Disks):
@@ -117,14 +118,23 @@ class Allocating(Disks):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         for field in settings.fields():
-            choices = field.metadata["choices"]
-            default: Any = field.default
+            choices, summary = field.metadata["choices"], field.metadata["help"].strip().splitlines()[0]
+            default: Any = self.default(field)
+            if choices is None:
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    type=part,
+                    default=default,
+                    metavar="SIZE",
+                    help=f"{summary} (default: {default})".replace("%", "%%"),
+                )
+                continue
             if isinstance(default, bool):
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     action=argparse.BooleanOptionalAction,
                     default=default,
-                    help=field.metadata["help"].strip().splitlines()[0],
+                    help=summary,
                 )
                 continue
             is_size = isinstance(default, int)
@@ -135,9 +145,14 @@ class Allocating(Disks):
                 choices=tuple(choices),
                 default=default,
                 metavar="SIZE" if is_size else None,
-                help=f"{field.metadata['help'].strip().splitlines()[0]} (default: {shown})",
+                help=f"{summary} (default: {shown})",
             )
         return parser
+
+    @staticmethod
+    def default(field: dataclasses.Field[Any]) -> Any:
+        """Return what a setting is where nothing else is asked for."""
+        return field.default
 
     @staticmethod
     def preallocator(parsed_args: argparse.Namespace) -> Preallocator:
@@ -156,7 +171,19 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
-def _cell(outcome: Outcome, column: str) -> Any:
+def part(text: str) -> str:
+    """Parse an argument that is a part of a filesystem, as sizes.part() does.
+
+    :raises: argparse.ArgumentTypeError
+    """
+    try:
+        sizes.part(text, 0)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def cell(outcome: Outcome, column: str) -> Any:
     """Return what a table, or a machine, is to have of a disk."""
     if column == "instance":
         return outcome.instance

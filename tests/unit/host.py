@@ -246,6 +246,8 @@ class Host(Programs):
         self.folder = folder
         self.filesystem = Filesystem("ext4", fallocate=True, copy_on_write=False)
         self.available = units.Ti
+        # The filesystem itself.
+        self.size = units.Ti
         # What qemu-img map says of any disk.
         self.map: list[dict[str, Any]] = []
         self.version = "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
@@ -280,6 +282,7 @@ class Host(Programs):
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda where: self.available))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "size", lambda where: self.size))
 
     # Disks, as a test finds them.
 

@@ -37,7 +37,7 @@ def made(path: str, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
 
 def require_space(path: str, needed: int) -> None:
     with disk_file.place(path) as place:
-        promise.require_space(place, needed)
+        Promise("falloc", EXT4).require_space(place, needed)
 
 
 @pytest.mark.parametrize("on_unsupported", get_args(OnUnsupported))
