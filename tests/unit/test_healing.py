@@ -137,6 +137,20 @@ def test_disk_that_needs_nothing_waits_for_nobody(disk: str, turn: Turn) -> None
     assert turn.taken == 0
 
 
+def test_disk_that_would_take_what_is_kept_free_stays_as_it_is_and_waits_for_nobody(
+    disk: str, turn: Turn, logged: Logged
+) -> None:
+    strategy = playing()
+    strategy.has_work.side_effect = error(exceptions.NoSpace)
+
+    for _ in range(2):
+        healing.heal(strategy, disk, "raw", "reserve", turn)
+
+    strategy.preallocate.assert_not_called()
+    assert turn.taken == 0
+    assert len(logged(logging.WARNING)) == 1
+
+
 def test_disk_that_cannot_be_looked_at_is_warned_of_and_its_guest_starts(disk: str, turn: Turn, logged: Logged) -> None:
     strategy = playing()
     strategy.inspect.side_effect = error(exceptions.BrokenImage)
