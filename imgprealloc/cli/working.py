@@ -128,13 +128,12 @@ class Working(command.Command):
                 try:
                     image = next(results)()
                     error = lack(image)
-                    if error is not None:
-                        error = f"{path}: {error}"
-                        self._tell(error)
-                    outcomes.append(Outcome(path, image, error))
+                    if error is None:
+                        outcomes.append(Outcome(path, image, None))
+                    else:
+                        outcomes.append(self.not_done(path, image, f"{path}: {error}"))
                 except (exceptions.PreallocationError, OSError) as exc:
-                    self._tell(exc)
-                    outcomes.append(Outcome(path, None, str(exc)))
+                    outcomes.append(self.not_done(path, None, exc))
                 except signals.Stopped as stopped:
                     stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
                     raise
@@ -147,6 +146,11 @@ class Working(command.Command):
             return Preallocator().inspect(path, format=parsed_args.disk_format)
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
+
+    def not_done(self, path: str, image: Optional[DiskImage], error: object) -> Outcome:
+        """Tell why what was asked for is not done to a disk, by the exit status, too."""
+        self._tell(error)
+        return Outcome(path, image, str(error))
 
     def _tell(self, error: object) -> None:
         self.status = 1
