@@ -125,11 +125,12 @@ writes 4 KiB, and were slower at first writes.
             """
 What is left of a filesystem: a size (10G), a part (5%), or the least (1%,10G).
 
-A disk that exists does not get its space where less than that would stay
-available to others: at a start, and while its guest runs, it stays as it is
-then, with a warning, and the instance starts all the same. Disks that Nova
-builds, resizes or migrates to this host take what they need, as with stock Nova.
-What the filesystem keeps for root is not counted as available. 0 leaves nothing.
+A disk that exists gets no space where less than that would stay
+available to others. At a start, and while its guest runs, it stays as
+it is then, with a warning, and the instance starts all the same. Disks
+that Nova builds, resizes or migrates to this host take what they need,
+as with stock Nova. What a filesystem keeps for root does not count as
+available. 0 leaves nothing.
 """,
             for_existing="1%,10G",
         ),
