@@ -27,6 +27,7 @@ from imgprealloc.exceptions import UnsupportedFormat
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.pace import Pace
 from imgprealloc.preallocator import Preallocator
 from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
@@ -56,6 +57,7 @@ __all__ = (
     "NotPreallocated",
     "OnUnsupported",
     "OverlaySubclusters",
+    "Pace",
     "PreallocationError",
     "Preallocator",
     "ProgramKilled",

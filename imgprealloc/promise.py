@@ -12,10 +12,12 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import os_errors
+from imgprealloc import pace
 from imgprealloc import qemu_img
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
+from imgprealloc.pace import Pace
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
 
@@ -30,10 +32,18 @@ class Promise:
     """The mode that can be kept, and the filesystem that keeps it.
 
     :param mode: the one that was asked for, or its fallback
+    :param paced: whether qemu-img writes no zeros, which it does as fast as it
+        can, because we do that afterwards at the pace that is to be kept
     """
 
     mode: Mode
     filesystem: filesystem.Filesystem
+    paced: bool = False
+
+    @property
+    def of_qemu(self) -> Mode:
+        """The mode that qemu-img is asked for."""
+        return "falloc" if self.paced and self.mode == "full" else self.mode
 
     @property
     def holds_space(self) -> bool:
@@ -67,8 +77,9 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
     :raises: UnsupportedFilesystem
     """
     under = _under(place)
+    kept = pace.current()
     if under.fallocate or mode != "falloc":
-        return Promise(mode, under)
+        return _made(place, mode, under, kept)
     if on_unsupported == "error":
         raise exceptions.UnsupportedFilesystem(
             place.path,
@@ -81,7 +92,17 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
         f"the {under.described} cannot set space aside; "
         f"disks in this folder get mode {on_unsupported} instead of falloc",
     )
-    return Promise(on_unsupported, under)
+    return _made(place, on_unsupported, under, kept)
+
+
+def _made(place: Place, mode: Mode, under: filesystem.Filesystem, kept: Optional[Pace]) -> Promise:
+    if mode == "full" and not under.fallocate and kept is not None and kept.rate is not None:
+        raise exceptions.UnsupportedFilesystem(
+            place.path,
+            f"mode full keeps no rate on the {under.described}, where qemu-img alone can write all space",
+            "Leave the rate out (--rate).",
+        )
+    return Promise(mode, under, paced=kept is not None and under.fallocate)
 
 
 def _under(place: Place) -> filesystem.Filesystem:
