@@ -29,15 +29,19 @@ class Allocate(disks.Allocating):
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Preallocate one disk after the other."""
         existing: Existing = "rewrite" if parsed_args.rewrite else "recreate_blank"
-        strategy = self.preallocator(parsed_args)
+        paths = self.named(parsed_args.paths)
+        strategy, bar = self.preallocator(parsed_args), self.progress_bar(len(paths))
 
         def work(path: str) -> DiskImage:
-            return strategy.preallocate(path, existing, format=parsed_args.disk_format)
+            with bar.of(path) as progress:
+                return strategy.preallocate(
+                    path, existing, format=parsed_args.disk_format, progress=progress, pace=self.pace(parsed_args)
+                )
 
         def lack(image: DiskImage) -> Optional[str]:
             return _lack(strategy, image, is_rewritten=parsed_args.rewrite)
 
-        return self.shown(self.each(self.named(parsed_args.paths), work, lack=lack), parsed_args)
+        return self.shown(self.each(paths, work, lack=lack), parsed_args)
 
 
 def _lack(strategy: Preallocator, image: DiskImage, *, is_rewritten: bool) -> Optional[str]:

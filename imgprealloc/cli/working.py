@@ -29,7 +29,9 @@ from imgprealloc.image import State
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
-_PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
+GIVEN_PATHS = "a disk, or a folder with disks, or with instances, in it"
+_GONE = "cannot be looked at any more"
+_PATHS = f"{GIVEN_PATHS} (default: all instances of this host, by nova.conf)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +136,15 @@ class Working(command.Command):
                     outcomes.append(Outcome(path, image, error))
                 except (exceptions.PreallocationError, OSError) as exc:
                     self._tell(exc)
-                    outcomes.append(Outcome(path, None, str(exc)))
+                    # One that lacks a part of what was asked for has been read.
+                    outcomes.append(Outcome(path, getattr(exc, "image", None), str(exc)))
                 except signals.Stopped as stopped:
-                    stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
+                    became = _became(before, _stamp(path))
+                    stopped.notes.append(f"{path} {became}")
+                    if at_once == 1 and len(paths) > 1:
+                        done = sum(outcome.error is None for outcome in outcomes)
+                        stopped.notes.insert(0, f"{done} of {len(paths)} disks done")
+                        stopped.notes += [] if became == _GONE else ["all disks are whole"]
                     raise
         return outcomes
 
@@ -193,7 +201,7 @@ def _became(before: Optional[FileStamp], after: Optional[FileStamp]) -> str:
     if before is None:
         return "is made, and whole"
     if after is None:
-        return "cannot be looked at any more"
+        return _GONE
     if before.inode != after.inode:
         return "is done: the new file has its place, with the same content"
     return "has its content, and is not done: what was under way in it has been cut short; give the command again"

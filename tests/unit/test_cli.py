@@ -784,3 +784,37 @@ def test_command_that_there_is_not_is_2(run: Run) -> None:
 
 def test_version_told_is_the_package_s(run: Run) -> None:
     assert run("--version").out.split()[-1] == metadata.version("imgprealloc")
+
+
+# How fast, and how far.
+
+
+def test_command_thinks_of_the_guests_on_the_same_storage(host: Host, run: Run) -> None:
+    ended = run("create", "--mode", "full", "--rate", "10M", "--disk-format", "raw", host.path(), "16M")
+
+    [zeros] = host.run("zeros")
+    assert ended.status == 0
+    assert zeros.argv[-1] == str(10 * units.Mi)
+    assert zeros.is_idle
+
+
+@pytest.mark.parametrize("rate", ["0", "fast", "-1"])
+@pytest.mark.parametrize("verb", ["create", "allocate", "resize", "thin"])
+def test_rate_that_is_none_ends_with_2(host: Host, run: Run, verb: str, rate: str) -> None:
+    size = ["16M"] if verb in ("create", "resize") else []
+
+    assert run(verb, f"--rate={rate}", host.path(), *size).status == 2
+    assert host.calls == []
+
+
+def test_disk_of_which_a_part_is_not_done_because_it_is_in_use_is_shown_as_it_is(
+    host: Host, run: Run, opened: Callable[[str], object]
+) -> None:
+    disk = host.raw(held=SIZE)
+    opened(disk)
+
+    ended = run("allocate", "--mode", "full", "--disk-format", "raw", "-f", "json", disk)
+
+    (row,) = json.loads(ended.out)
+    assert (ended.status, row["state"], row["in_use"]) == (1, "preallocated", True)
+    assert "Stop the instance" in row["error"]
