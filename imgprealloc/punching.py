@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+import errno
 import os
 import sys
 
@@ -53,6 +54,9 @@ def _require_holes(path: str, fd: int) -> None:
     try:
         native_thread.run(fallocate.punch, fd, beyond, units.Mi)
     except OSError as exc:
+        if exc.errno == errno.EBADF:
+            # It could only be opened for reading.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path) from exc
         if exc.errno not in fallocate.NOT_SUPPORTED:
             raise
         raise exceptions.UnsupportedFilesystem(

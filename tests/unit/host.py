@@ -52,7 +52,11 @@ _READERS = ("info", "check", "map", "--version")
 
 
 # By their modules.
-_OWN_PROCESSES = {"imgprealloc.zeros": "zeros", "imgprealloc.fallocate": "unshare"}
+_OWN_PROCESSES = {
+    "imgprealloc.zeros": "zeros",
+    "imgprealloc.fallocate": "unshare",
+    "imgprealloc.punching": "punch",
+}
 
 # coreutils' timeout, which each program is started by.
 _TIMEOUT = ("timeout", "--foreground")
