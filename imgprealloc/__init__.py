@@ -27,6 +27,7 @@ from imgprealloc.exceptions import UnsupportedFormat
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.pace import Pace
 from imgprealloc.plan import Plan
 from imgprealloc.plan import TreatmentName
 from imgprealloc.preallocator import Preallocator
@@ -58,6 +59,7 @@ __all__ = (
     "NotPreallocated",
     "OnUnsupported",
     "OverlaySubclusters",
+    "Pace",
     "Plan",
     "PreallocationError",
     "Preallocator",

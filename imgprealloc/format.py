@@ -129,6 +129,14 @@ class Format(abc.ABC):
         """Grow a disk, the new part preallocated."""
 
     @abc.abstractmethod
+    def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        """Copy a disk into a thin one, which takes its place.
+
+        :param promise: of nothing but the filesystem's options
+        :raises: UnsupportedFormat where a copy would lose something
+        """
+
+    @abc.abstractmethod
     def recover(self, file: DiskFile) -> None:
         """Mend what a growth that failed half way has left, if it has left something that could cost data later."""
 
@@ -142,10 +150,12 @@ class Format(abc.ABC):
         write: Callable[[NewFile], object],
         *,
         quickly: bool = False,
+        thin: bool = False,
     ) -> DiskImage:
         """Have a new file written, read it, and let it become the disk if it is what was asked for and promised.
 
         :param quickly: whether a glance that finds it preallocated is enough
+        :param thin: whether nothing was promised
         :raises: BrokenImage, NotPreallocated
         """
         found: list[DiskImage] = []
@@ -156,7 +166,7 @@ class Format(abc.ABC):
             except exceptions.FormatMismatch as exc:
                 raise not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
             _refuse_other_than_asked(image, asked)
-            found.append(self.kept(image, promise, promise.states))
+            found.append(image if thin else self.kept(image, promise, promise.states))
 
         with place_for(judge) as new:
             write(new)
@@ -215,7 +225,8 @@ def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Prom
     shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
-    if written:
+    # Whoever has it open keeps us from writing, and not from setting aside.
+    if written and not image.in_use:
         zeros.write(file.path, file.fd)
     fill(file, length, promise)
 
@@ -232,6 +243,12 @@ def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
 def given_back(file: DiskFile, shared_bytes: int = 0) -> int:
     """Return the bytes that the filesystem has again once a disk's file is gone."""
     return os.fstat(file.fd).st_blocks * 512 - shared_bytes
+
+
+def write_out(file: DiskFile, promise: Promise, start: int = 0) -> None:
+    """Write from start on what qemu-img was only told to set aside, where that is not what was promised."""
+    if promise.of_qemu != promise.mode:
+        zeros.write(file.path, file.fd, start=start)
 
 
 def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:

@@ -11,13 +11,15 @@ from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.settings import Mode
 
-TreatmentName = Literal["none", "fill", "reserve", "recreate", "rewrite"]
+TreatmentName = Literal["none", "fill", "write", "reserve", "recreate", "rewrite"]
 """What is done to a disk. Its content never changes.
 
 * none: nothing.
 * fill: it stays the same file; its holes are filled, and it gets a copy of its
   own of what it shares with other files.
-* reserve: the same, and past the file's end, up to what it can grow to.
+* write: it stays the same file; what is set aside and was never written is
+  written (mode full).
+* reserve: as fill, and past the file's end, up to what it can grow to.
 * recreate: one that holds nothing is made anew, and takes the old one's name.
 * rewrite: it is copied into a new one, which takes its name.
 """
@@ -56,6 +58,12 @@ class Plan:
     def path(self) -> str:
         """The disk, as the caller named it."""
         return self.image.path
+
+    @property
+    def refused(self) -> bool:
+        """Whether nothing would be done; a disk in use that cannot be written gets its space all the same."""
+        is_held = self.treatment == "fill" and isinstance(self.error, exceptions.ImageInUse)
+        return self.error is not None and not is_held
 
     @property
     def needed(self) -> int:

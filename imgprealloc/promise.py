@@ -14,11 +14,13 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import os_errors
+from imgprealloc import pace
 from imgprealloc import qemu_img
 from imgprealloc import sizes
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import State
+from imgprealloc.pace import Pace
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OnUnsupported
 
@@ -34,11 +36,19 @@ class Promise:
 
     :param mode: the one that was asked for, or its fallback
     :param keep_free: what others are left of it; see sizes.part()
+    :param paced: whether qemu-img writes no zeros, which it does as fast as it
+        can, because we do that afterwards at the pace that is to be kept
     """
 
     mode: Mode
     filesystem: filesystem.Filesystem
     keep_free: int | str = 0
+    paced: bool = False
+
+    @property
+    def of_qemu(self) -> Mode:
+        """The mode that qemu-img is asked for."""
+        return "falloc" if self.paced and self.mode == "full" else self.mode
 
     @property
     def holds_space(self) -> bool:
@@ -130,8 +140,9 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported, keep_free: int
     :raises: UnsupportedFilesystem
     """
     under = _under(place)
+    kept = pace.current()
     if under.fallocate or mode != "falloc":
-        return Promise(mode, under, keep_free)
+        return _made(place, Promise(mode, under, keep_free), kept)
     if on_unsupported == "error":
         raise exceptions.UnsupportedFilesystem(
             place.path,
@@ -144,7 +155,18 @@ def made(place: Place, mode: Mode, on_unsupported: OnUnsupported, keep_free: int
         f"the {under.described} cannot set space aside; "
         f"disks in this folder get mode {on_unsupported} instead of falloc",
     )
-    return Promise(on_unsupported, under, keep_free)
+    return _made(place, Promise(on_unsupported, under, keep_free), kept)
+
+
+def _made(place: Place, promise: Promise, kept: Optional[Pace]) -> Promise:
+    under = promise.filesystem
+    if promise.mode == "full" and not under.fallocate and kept is not None and kept.rate is not None:
+        raise exceptions.UnsupportedFilesystem(
+            place.path,
+            f"mode full keeps no rate on the {under.described}, where qemu-img alone can write all space",
+            "Leave the rate out (--rate).",
+        )
+    return dataclasses.replace(promise, paced=kept is not None and under.fallocate)
 
 
 def _under(place: Place) -> filesystem.Filesystem:

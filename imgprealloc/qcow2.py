@@ -128,7 +128,7 @@ class Qcow2(format.Format):
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         # In mode metadata QEMU maps clusters that were freed before, and shows
         # the guest what was in them, unless it has to hide a backing file.
-        preallocation = "off" if promise.mode == "metadata" else promise.mode
+        preallocation = "off" if promise.mode == "metadata" else promise.of_qemu
         if promise.mode == "metadata":
             over_zeros = qcow2_header.can_zero_clusters(file.fd)
         else:
@@ -142,8 +142,11 @@ class Qcow2(format.Format):
                     self._resize(file, image, aligned, preallocation)
                     # Zeros over what was to be there by now would hide the base.
                     _refuse_other_size(file, aligned)
-                qemu_img.resize_over_zeros(file.path, file.program_name, size, zeros.program_name, promise.mode)
+                qemu_img.resize_over_zeros(
+                    file.path, file.program_name, size, zeros.program_name, promise.of_qemu, grown=size - aligned
+                )
         format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
+        format.write_out(file, promise, start=file_size)
         if image.state == "reserved" and promise.holds_space:
             grown = self.read(file)
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
@@ -184,6 +187,33 @@ class Qcow2(format.Format):
         # Where no cluster lies beyond the base, only those of its own part can tell.
         return subclusters.mostly_allocated(file.fd, start if start < end else 0, end)
 
+    def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        obstacle = _obstacle(image)
+        if obstacle is not None:
+            raise exceptions.UnsupportedFormat(
+                file.path, obstacle, "Give back what nobody has written to, without copying it (imgprealloc thin)."
+            )
+        base: Optional[_Base] = None
+        if image.backing_file is not None:
+            base = _Base.of(file, image.backing_file, str(image.backing_format))
+        options = {**promise.file_options, "cluster_size": str(image.cluster_size)}
+        if image.extended_l2:
+            options["extended_l2"] = "on"
+        size = image.virtual_size
+
+        def write(new: NewFile) -> None:
+            names = (file.path, file.program_name, new.program_name)
+            if base is None:
+                qemu_img.convert(*names, size, "qcow2", options)
+                return
+            over = {"backing_file": base.path, "backing_format": base.format}
+            qemu_img.convert_thin(*names, size, options, **over)
+            base.put_under(new, base.path)
+
+        asked = Geometry(size, image.cluster_size, image.backing_file, image.backing_format)
+        place_for = functools.partial(replacement.replacing, file, image.stamp)
+        return self.put(place_for, asked, promise, write, thin=True)
+
     def recover(self, file: DiskFile) -> None:
         check = qemu_img.check(file.path, file.program_name, "qcow2")
         if qemu_img.count(file.path, check, "corruptions"):
@@ -192,20 +222,21 @@ class Qcow2(format.Format):
 
     @staticmethod
     def _resize(file: DiskFile, image: DiskImage, size: int, preallocation: str) -> None:
+        grown = size - image.virtual_size
         if image.backing_file is None:
-            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation)
+            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation, grown=grown)
             return
         is_file = not backing.names_protocol(image.backing_file)
         if image.backing_format is None or not is_file:
             if is_file:
                 backing.look_at_chain(file, file.beside(image.backing_file), None)
             # QEMU alone knows what it is; the name that it finds it by is the disk's own.
-            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation)
+            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation, grown=grown)
             return
         backing.virtual_size(file, image.backing_file, image.backing_format)
         qemu_img.resize(
             file.path, file.program_name, size, "qcow2", preallocation,
-            backing_file=file.beside(image.backing_file), backing_format=image.backing_format,
+            backing_file=file.beside(image.backing_file), backing_format=image.backing_format, grown=grown,
         )  # fmt: skip
 
     def _recreation(
@@ -260,6 +291,7 @@ class Qcow2(format.Format):
             base = _Base.of(place, blank.backing_file, str(blank.backing_format))
             self._write_overlay(place, new, base, size, options, promise)
         format.fill(new, os.fstat(new.fd).st_size, promise)
+        format.write_out(new, promise)
 
     def _write_overlay(
         self, place: Place, new: NewFile, base: _Base, size: int, options: dict[str, str], promise: Promise
@@ -274,7 +306,7 @@ class Qcow2(format.Format):
             _refuse_other_size(new, copied_size)
             if copied_size < first_size:
                 qemu_img.resize(
-                    new.path, new.program_name, first_size, "qcow2", promise.mode,
+                    new.path, new.program_name, first_size, "qcow2", promise.of_qemu,
                     backing_file=base.path, backing_format=base.format,
                 )  # fmt: skip
         else:
@@ -308,8 +340,9 @@ class Qcow2(format.Format):
         if first_size < size:
             with replacement.zeros(place, size if allocated else 0) as zeros:
                 qemu_img.resize_over_zeros(
-                    new.path, new.program_name, size, zeros.program_name, promise.mode, flush=False
-                )
+                    new.path, new.program_name, size, zeros.program_name, promise.of_qemu,
+                    grown=size - first_size, flush=False,
+                )  # fmt: skip
 
     def _rewriting(self, file: DiskFile, image: DiskImage, promise: Promise) -> Treatment:
         copied = self._copied(image)
@@ -346,6 +379,7 @@ class Qcow2(format.Format):
             else:
                 self._rewrite_overlay(file, image, new, base, options, promise)
             format.fill(new, os.fstat(new.fd).st_size, promise)
+            format.write_out(new, promise)
 
         asked = Geometry(image.virtual_size, int(options["cluster_size"]), image.backing_file, image.backing_format)
         return self.put(functools.partial(replacement.replacing, file, image.stamp), asked, promise, write)
@@ -373,7 +407,7 @@ class Qcow2(format.Format):
             qemu_img.copy_tail(*names, first_size, size, **over)
 
     def _options(self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int]) -> dict[str, str]:
-        options = {**promise.file_options, "preallocation": promise.mode}
+        options = {**promise.file_options, "preallocation": promise.of_qemu}
         if backing_file is not None:
             # Only subclusters can be mapped and still let the base show
             # through. The base's own cluster size has no say in it.

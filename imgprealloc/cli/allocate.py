@@ -31,6 +31,7 @@ _DONE: Mapping[TreatmentName, str] = {
     "rewrite": "rewritten",
     "reserve": "reserved",
     "fill": "filled",
+    "write": "written",
     "none": "left as they were",
 }
 
@@ -69,7 +70,11 @@ class Allocate(disks.Allocating):
             return planned[path].image
 
         def work(path: str) -> DiskImage:
-            return strategy.preallocate(path, existing, format=format, known=planned[path].image)
+            with bar.of(path) as progress:
+                return strategy.preallocate(
+                    path, existing, format=format, known=planned[path].image, progress=progress,
+                    pace=self.pace(parsed_args),
+                )  # fmt: skip
 
         def lack(image: DiskImage) -> Optional[str]:
             return _lack(strategy, image, image.state, is_rewritten=parsed_args.rewrite, is_done=True)
@@ -85,11 +90,14 @@ class Allocate(disks.Allocating):
         if parsed_args.dry_run:
             for plan in _in_order(shares):
                 lacking = _lack(strategy, plan.image, plan.state, is_rewritten=parsed_args.rewrite, is_done=False)
-                if lacking is not None:
-                    outcomes[plan.path] = self.not_done(plan.path, plan.image, f"{plan.path}: {lacking}")
+                if plan.error is not None or lacking is not None:
+                    error = f"{plan.path}: {lacking}" if plan.error is None else str(plan.error)
+                    outcomes[plan.path] = self.not_done(plan.path, plan.image, error)
             self.summary = list(plans.summary(shares, parsed_args.keep_free))
             return plans.table([outcomes[path] for path in paths], shares, parsed_args)
-        done = self.each([plan.path for plan in _in_order(shares)], work, lack=lack)
+        order = [plan.path for plan in _in_order(shares)]
+        bar = self.progress_bar(len(order))
+        done = self.each(order, work, lack=lack, asked=len(outcomes))
         outcomes.update((outcome.path, outcome) for outcome in done)
         shown = self.shown([outcomes[path] for path in paths], parsed_args)
         self.summary.append(_summary(outcomes.values(), done, planned, shares))

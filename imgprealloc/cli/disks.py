@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
+import io
 import os
 from typing import Any
 
@@ -17,7 +18,9 @@ from oslo_utils import units
 from imgprealloc import settings
 from imgprealloc import sizes
 from imgprealloc.cli import working
+from imgprealloc.cli.progress_bar import ProgressBar
 from imgprealloc.cli.working import Outcome
+from imgprealloc.pace import Pace
 from imgprealloc.preallocator import Preallocator
 
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
@@ -112,7 +115,32 @@ class Disks(working.Working, lister.Lister):
         return tuple(columns), [tuple(cell(outcome, column) for column in columns.values()) for outcome in outcomes]
 
 
-class Allocating(Disks):
+class Paced(Disks):
+    """A command that may write much, and thinks of the others on the same storage."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--rate",
+            type=_rate,
+            metavar="SIZE",
+            help="bytes a second that copies and zeros (mode full) are written at the most; they pass the page cache "
+            "by and have the idle I/O priority in any case, as far as the system has these (default: no limit)",
+        )
+        return parser
+
+    def progress_bar(self, count: int) -> ProgressBar:
+        """Return what tells on stderr how far the work on so many disks is."""
+        stream = self.app.stderr if self.app.options.verbose_level else io.StringIO()
+        return ProgressBar(stream, count, lambda size: Size(size).human_readable())
+
+    @staticmethod
+    def pace(parsed_args: argparse.Namespace) -> Pace:
+        """Return how others are thought of."""
+        return Pace(parsed_args.rate)
+
+
+class Allocating(Paced):
     """A command that preallocates, and so has an option for each setting."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -181,6 +209,14 @@ def part(text: str) -> str:
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
     return text
+
+
+def _rate(text: str) -> int:
+    """Parse a number of bytes a second."""
+    rate = size(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("at 0 bytes a second nothing would ever be done")
+    return rate
 
 
 def cell(outcome: Outcome, column: str) -> Any:

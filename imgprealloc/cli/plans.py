@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 from cliff.columns import FormattableColumn
 from oslo_utils import units
@@ -73,9 +73,12 @@ class Seconds(FormattableColumn):  # type: ignore[misc, type-arg]
         return "no time"
 
 
-def seconds(plan: Plan) -> int:
-    """Estimate how long a plan takes."""
-    return -(-plan.written // RATE)
+def seconds(plan: Plan, rate: Optional[int]) -> int:
+    """Estimate how long a plan takes.
+
+    :param rate: bytes a second that are written at the most
+    """
+    return -(-plan.written // min(RATE, rate or RATE))
 
 
 def table(
@@ -89,7 +92,7 @@ def table(
     columns: dict[str, str] = {name: name for name in _COLUMNS}
     if parsed_args.formatter == "table" and not parsed_args.columns:
         columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-    cells = {path: found for share in shares for path, found in _cells(share)}
+    cells = {path: found for share in shares for path, found in _cells(share, parsed_args.rate)}
     nothing = {"state": disks.State(None), "state_after": disks.State(None)}
 
     def row(outcome: Outcome) -> tuple[Any, ...]:
@@ -114,7 +117,7 @@ def summary(shares: Iterable[Share], keep_free: object) -> Iterator[str]:
         )
 
 
-def _cells(share: Share) -> Iterator[tuple[str, dict[str, Any]]]:
+def _cells(share: Share, rate: Optional[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return what a table, or a machine, may have of each plan, by its path."""
     for plan, instead in (
         *((plan, None) for plan in share.order),
@@ -132,7 +135,7 @@ def _cells(share: Share) -> Iterator[tuple[str, dict[str, Any]]]:
                 "new_space": disks.Size(plan.space),
                 "temporary_space": disks.Size(plan.temporary),
                 "written": disks.Size(plan.written),
-                "estimated_seconds": Seconds(seconds(plan)),
+                "estimated_seconds": Seconds(seconds(plan, rate)),
                 "filesystem": share.mount_point,
                 "fits": instead != "left out",
             },

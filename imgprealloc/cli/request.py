@@ -89,7 +89,7 @@ def _shared(mount_point: str, plans: list[Plan]) -> Share:
     available, taken = min(plan.available for plan in plans), 0
     # Those that need the same stay in the order that was asked for.
     for plan in sorted(plans, key=lambda plan: plan.needed):
-        if plan.error is not None and not isinstance(plan.error, exceptions.NoSpace):
+        if plan.refused and not isinstance(plan.error, exceptions.NoSpace):
             parts["refused"].append(plan)
         elif taken + plan.needed > available:
             parts["left_out"].append(plan)

@@ -688,6 +688,28 @@ def test_dry_run_is_1_where_the_request_would_not_be_carried_out(
     assert said in json.loads(told.out)[0]["error"]
 
 
+def test_disk_in_use_that_cannot_be_written_gets_its_space_as_was_told(host: Host, run: Run) -> None:
+    disk = host.raw()
+    asked = ("--mode", "full", "--disk-format", "raw", "-f", "json", disk)
+    with opened_by_qemu(disk):
+        (planned,) = json.loads(run("allocate", "--dry-run", *asked).out)
+        done = run("allocate", *asked)
+
+    (row,) = json.loads(done.out)
+    assert done.status == 1
+    assert (planned["state_after"], row["state"]) == ("preallocated", "preallocated")
+    assert "QEMU has the image open for writing" in planned["error"]
+    assert "QEMU has the image open for writing" in row["error"]
+
+
+def test_time_is_that_of_the_rate_that_is_asked_for(host: Host, run: Run) -> None:
+    told = run(
+        "allocate", "--dry-run", "--rate", "1M", "--mode", "full", "--disk-format", "raw", "-f", "json", host.raw()
+    )
+
+    assert json.loads(told.out)[0]["estimated_seconds"] == SIZE // units.Mi
+
+
 # A whole request.
 
 
@@ -982,3 +1004,37 @@ def test_command_that_there_is_not_is_2(run: Run) -> None:
 
 def test_version_told_is_the_package_s(run: Run) -> None:
     assert run("--version").out.split()[-1] == metadata.version("imgprealloc")
+
+
+# How fast, and how far.
+
+
+def test_command_thinks_of_the_guests_on_the_same_storage(host: Host, run: Run) -> None:
+    ended = run("create", "--mode", "full", "--rate", "10M", "--disk-format", "raw", host.path(), "16M")
+
+    [zeros] = host.run("zeros")
+    assert ended.status == 0
+    assert zeros.argv[-1] == str(10 * units.Mi)
+    assert zeros.is_idle
+
+
+@pytest.mark.parametrize("rate", ["0", "fast", "-1"])
+@pytest.mark.parametrize("verb", ["create", "allocate", "resize", "thin"])
+def test_rate_that_is_none_ends_with_2(host: Host, run: Run, verb: str, rate: str) -> None:
+    size = ["16M"] if verb in ("create", "resize") else []
+
+    assert run(verb, f"--rate={rate}", host.path(), *size).status == 2
+    assert host.calls == []
+
+
+def test_disk_of_which_a_part_is_not_done_because_it_is_in_use_is_shown_as_it_is(
+    host: Host, run: Run, opened: Callable[[str], object]
+) -> None:
+    disk = host.raw(held=SIZE)
+    opened(disk)
+
+    ended = run("allocate", "--mode", "full", "--disk-format", "raw", "-f", "json", disk)
+
+    (row,) = json.loads(ended.out)
+    assert (ended.status, row["state"], row["in_use"]) == (1, "preallocated", True)
+    assert "Stop the instance" in row["error"]

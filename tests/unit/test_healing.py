@@ -89,7 +89,7 @@ def test_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Tu
 
     healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
 
-    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2")
+    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2", write_held=False)
     assert turn.taken == 1
 
 
@@ -111,7 +111,7 @@ def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn
     healing.heal(strategy, disk, "raw", existing, turn)
 
     known = strategy.inspect.return_value
-    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known)
+    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known, write_held=False)
     assert turn.taken == 1
 
 

@@ -48,6 +48,7 @@ CASES = [
     Case("raw, holes", lambda host: host.raw(held=8192), "raw", "reserve", "falloc", "fill"),
     Case("raw, shared", lambda host: host.raw(held=SIZE, shared=8192), "raw", "reserve", "falloc", "fill"),
     Case("raw, full", lambda host: host.raw(), "raw", "recreate_blank", "full", "fill"),
+    Case("raw, held", lambda host: host.raw(held=SIZE), "raw", "recreate_blank", "full", "write"),
     Case("raw, metadata", lambda host: host.raw(), "raw", "recreate_blank", "metadata", "none"),
     Case("raw, btrfs", lambda host: host.raw(held=8192), "raw", "rewrite", "falloc", "rewrite", BTRFS),
     Case("raw, NFS", lambda host: host.raw(), "raw", "reserve", "falloc", "none", NFS),
@@ -100,11 +101,15 @@ def test_what_is_planned_is_done(host: Host, case: Case) -> None:
     plan = planned(host, case)
     strategy, inode = Preallocator(case.mode), os.stat(plan.path).st_ino
 
+    # A start does not wait for that.
+    started = Preallocator(case.mode).plan(plan.path, case.existing, format=case.format, write_held=False)
     has_work = strategy.has_work(plan.path, case.existing, plan.image, format=case.format)
     after = strategy.preallocate(plan.path, case.existing, format=case.format)
 
     assert after.state == plan.state
-    assert has_work == (plan.treatment != "none") == bool(host.changes)
+    assert has_work == (started.treatment != "none")
+    assert (started.treatment == plan.treatment) == (case.treatment != "write")
+    assert bool(host.changes) == (plan.treatment != "none")
     assert (os.stat(plan.path).st_ino != inode) == (plan.treatment in ("recreate", "rewrite"))
 
 
@@ -154,6 +159,7 @@ def test_mode_metadata_needs_no_more_than_tables(host: Host) -> None:
         (lambda host: host.raw(held=4096), "raw", "falloc", "unallocated", 0, 0),
         (lambda host: host.raw(held=SIZE, shared=8192), "raw", "falloc", "unallocated", 8192, 8192),
         (lambda host: host.raw(), "raw", "full", "unallocated", SIZE, SIZE),
+        (lambda host: host.raw(held=SIZE), "raw", "full", "unallocated", SIZE, SIZE),
         (lambda host: host.overlay(), "qcow2", "falloc", "unallocated", 0, 0),
         (lambda host: host.overlay(), "qcow2", "full", "unallocated", SIZE, SIZE + units.Mi),
         (lambda host: host.overlay(), "qcow2", "falloc", "copied", SIZE // 2, SIZE // 2),
@@ -202,7 +208,10 @@ def test_disk_in_use_would_not_be_rewritten(host: Host) -> None:
 def test_disk_in_use_would_not_be_written_full(host: Host) -> None:
     path = host.raw()
     with opened_by_qemu(path):
-        assert isinstance(Preallocator("full").plan(path, format="raw").error, exceptions.ImageInUse)
+        plan = Preallocator("full").plan(path, format="raw")
+        assert isinstance(plan.error, exceptions.ImageInUse)
+        # Its space is set aside all the same.
+        assert (plan.treatment, plan.state, plan.refused) == ("fill", "preallocated", False)
         # The control: nobody minds that space is set aside.
         assert Preallocator("falloc").plan(path, format="raw").error is None
 
@@ -256,7 +265,7 @@ def test_fallback_is_told_by_its_mode(host: Host) -> None:
 # What is left to others.
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.treatment != "none"], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.treatment not in ("none", "write")], ids=str)
 def test_disk_takes_nothing_of_what_is_to_be_kept_free(host: Host, case: Case) -> None:
     plan = planned(host, case)
     # Twice for what a filesystem may take for its own books.

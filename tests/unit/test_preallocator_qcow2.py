@@ -47,12 +47,12 @@ OVERLAY_OPTIONS = {"cluster_size": str(CLUSTER), "extended_l2": "on"}
     [
         # 1. Already preallocated: nothing.
         ("falloc", {"mapped": 1.0}, [], "preallocated"),
-        ("full", {"mapped": 1.0}, [], "preallocated"),
+        ("full", {"mapped": 1.0}, ["zeros"], "preallocated"),
         ("metadata", {"mapped": 1.0}, [], "preallocated"),
         ("metadata", {"mapped": 1.0, "held": 0}, [], "mapped"),
         # 3. Every cluster mapped: the space over the file's length.
         ("falloc", {"mapped": 1.0, "held": 0}, ["fallocate"], "preallocated"),
-        ("full", {"mapped": 1.0, "held": 0}, ["fallocate"], "preallocated"),
+        ("full", {"mapped": 1.0, "held": 0}, ["fallocate", "zeros"], "preallocated"),
         ("falloc", {"mapped": 1.0, "shared": 4096}, ["unshare"], "preallocated"),
         # 4. Nothing in it: a new one.
         ("falloc", {}, ["create", "fallocate", "sync"], "preallocated"),
