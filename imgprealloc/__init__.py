@@ -27,6 +27,9 @@ from imgprealloc.exceptions import UnsupportedFormat
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.pace import Pace
+from imgprealloc.plan import Plan
+from imgprealloc.plan import TreatmentName
 from imgprealloc.preallocator import Preallocator
 from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
@@ -56,6 +59,8 @@ __all__ = (
     "NotPreallocated",
     "OnUnsupported",
     "OverlaySubclusters",
+    "Pace",
+    "Plan",
     "PreallocationError",
     "Preallocator",
     "ProgramKilled",
@@ -63,6 +68,7 @@ __all__ = (
     "Progress",
     "QemuImgTooOld",
     "State",
+    "TreatmentName",
     "UnsupportedFilesystem",
     "UnsupportedFormat",
 )

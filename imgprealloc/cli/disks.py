@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
-import decimal
+import dataclasses
+import io
 import os
-import re
 from typing import Any
 
 from cliff import lister
@@ -16,12 +16,12 @@ from cliff.columns import FormattableColumn
 from oslo_utils import units
 
 from imgprealloc import settings
+from imgprealloc import sizes
 from imgprealloc.cli import working
+from imgprealloc.cli.progress_bar import ProgressBar
 from imgprealloc.cli.working import Outcome
+from imgprealloc.pace import Pace
 from imgprealloc.preallocator import Preallocator
-
-_UNITS = {"": 1, "K": units.Ki, "M": units.Mi, "G": units.Gi, "T": units.Ti, "P": units.Pi, "E": units.Ei}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPE]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
 _COLUMNS = (
@@ -71,11 +71,7 @@ class Size(FormattableColumn):  # type: ignore[misc, type-arg]
 
     def human_readable(self) -> str:
         """Return the size with four digits and a binary unit."""
-        size, unit = float(self._value), "bytes"
-        for larger in ("KiB", "MiB", "GiB", "TiB"):
-            if size >= units.Ki:
-                size, unit = size / units.Ki, larger
-        return f"{size:.4g} {unit}"
+        return sizes.readable(self._value)
 
 
 class State(FormattableColumn):  # type: ignore[misc, type-arg]
@@ -101,10 +97,10 @@ class Disks(working.Working, lister.Lister):
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show the disks, and return the exit status."""
         self.status = 0
-        self._outcomes: list[Outcome] = []
+        self.summary: list[str] = []
         super().run(parsed_args)
         if parsed_args.formatter == "table":
-            for line in _summary(self._outcomes):
+            for line in self.summary:
                 self.app.stdout.write(f"{line}\n")
         return self.status
 
@@ -112,27 +108,61 @@ class Disks(working.Working, lister.Lister):
         self, outcomes: list[Outcome], parsed_args: argparse.Namespace
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Make a table of what became of disks, for whoever is to read it."""
-        self._outcomes = outcomes
+        self.summary = list(_summary(outcomes))
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-        return tuple(columns), [tuple(_cell(outcome, column) for column in columns.values()) for outcome in outcomes]
+        return tuple(columns), [tuple(cell(outcome, column) for column in columns.values()) for outcome in outcomes]
 
 
-class Allocating(Disks):
+class Paced(Disks):
+    """A command that may write much, and thinks of the others on the same storage."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--rate",
+            type=_rate,
+            metavar="SIZE",
+            help="bytes a second that copies and zeros (mode full) are written at the most; they pass the page cache "
+            "by and have the idle I/O priority in any case, as far as the system has these (default: no limit)",
+        )
+        return parser
+
+    def progress_bar(self, count: int) -> ProgressBar:
+        """Return what tells on stderr how far the work on so many disks is."""
+        stream = self.app.stderr if self.app.options.verbose_level else io.StringIO()
+        return ProgressBar(stream, count, lambda size: Size(size).human_readable())
+
+    @staticmethod
+    def pace(parsed_args: argparse.Namespace) -> Pace:
+        """Return how others are thought of."""
+        return Pace(parsed_args.rate)
+
+
+class Allocating(Paced):
     """A command that preallocates, and so has an option for each setting."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         for field in settings.fields():
-            choices = field.metadata["choices"]
-            default: Any = field.default
+            choices, summary = field.metadata["choices"], field.metadata["help"].strip().splitlines()[0]
+            default: Any = self.default(field)
+            if choices is None:
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    type=part,
+                    default=default,
+                    metavar="SIZE",
+                    help=f"{summary} (default: {default})".replace("%", "%%"),
+                )
+                continue
             if isinstance(default, bool):
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     action=argparse.BooleanOptionalAction,
                     default=default,
-                    help=field.metadata["help"].strip().splitlines()[0],
+                    help=summary,
                 )
                 continue
             is_size = isinstance(default, int)
@@ -143,9 +173,14 @@ class Allocating(Disks):
                 choices=tuple(choices),
                 default=default,
                 metavar="SIZE" if is_size else None,
-                help=f"{field.metadata['help'].strip().splitlines()[0]} (default: {shown})",
+                help=f"{summary} (default: {shown})",
             )
         return parser
+
+    @staticmethod
+    def default(field: dataclasses.Field[Any]) -> Any:
+        """Return what a setting is where nothing else is asked for."""
+        return field.default
 
     @staticmethod
     def preallocator(parsed_args: argparse.Namespace) -> Preallocator:
@@ -154,18 +189,37 @@ class Allocating(Disks):
 
 
 def size(text: str) -> int:
-    """Parse a size as qemu-img does: bytes, or with K, M, G, T, P, E for powers of 1024.
+    """Parse an argument that is a size, as sizes.parse() does.
 
     :raises: argparse.ArgumentTypeError
     """
-    found = _SIZE.fullmatch(text)
-    bytes = decimal.Decimal(found[1]) * _UNITS[found[2].upper()] if found else decimal.Decimal("NaN")
-    if bytes != bytes.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 1.5G")
-    return int(bytes)
+    try:
+        return sizes.parse(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
-def _cell(outcome: Outcome, column: str) -> Any:
+def part(text: str) -> str:
+    """Parse an argument that is a part of a filesystem, as sizes.part() does.
+
+    :raises: argparse.ArgumentTypeError
+    """
+    try:
+        sizes.part(text, 0)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def _rate(text: str) -> int:
+    """Parse a number of bytes a second."""
+    rate = size(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("at 0 bytes a second nothing would ever be done")
+    return rate
+
+
+def cell(outcome: Outcome, column: str) -> Any:
     """Return what a table, or a machine, is to have of a disk."""
     if column == "instance":
         return outcome.instance
@@ -185,5 +239,5 @@ def _summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """Say of each filesystem what its disks are, and whether it has what they are short of."""
     for found in working.by_filesystem(outcomes):
         counts = ", ".join(f"{number} {state}" for state, number in found.states.most_common())
-        short, available = (Size(size).human_readable() for size in (found.short, found.available))
+        short, available = sizes.readable(found.short), sizes.readable(found.available)
         yield f"{found.mount_point}: {counts}; {short} short, {available} available"

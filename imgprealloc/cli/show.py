@@ -8,13 +8,12 @@ import contextlib
 import os
 from typing import Any
 
-from oslo_utils import units
-
 from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import replacement
+from imgprealloc import sizes
 from imgprealloc import storage
 from imgprealloc import zeros
 from imgprealloc.cli import abreast
@@ -24,10 +23,6 @@ from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
 
 _NOT_PREALLOCATED = 3
-
-# Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
-# a cluster of the largest size.
-_NOT_THE_GUEST_S = 2 * units.Mi
 
 
 class Show(disks.Disks):
@@ -69,7 +64,7 @@ def _tell_thin_storage(path: str) -> None:
     """Warn, once a filesystem, of storage that does not hold what a disk on it has set aside and not written."""
     with _nothing_to_tell(), disk_file.opened(path) as file:
         thin = storage.thin_below(file.fd)
-        if thin and zeros.has_unwritten(file.fd, more_than=_NOT_THE_GUEST_S):
+        if thin and zeros.has_unwritten(file.fd, more_than=zeros.MOST_OF_METADATA):
             mount = mounts.of(file.fd)
             log.warn_once(
                 "thin storage",
@@ -85,6 +80,6 @@ def _tell_leftovers(path: str) -> None:
             log.warn_once(
                 "left",
                 left.path,
-                f"left by an imgprealloc that was killed, {left.size} bytes; "
+                f"left by an imgprealloc that was killed, {sizes.exact(left.size)}; "
                 f"imgprealloc allocate {path}, or the instance's next start, removes it",
             )
