@@ -191,8 +191,9 @@ def test_overlay_made_and_grown_at_a_pace_is_what_it_is_without(
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs"])
 def test_raw_disk_made_and_grown_at_a_pace_is_written(folder: pathlib.Path, kind: str) -> None:
     pace = Pace(1 << 30)
-    FULL.create(folder / "disk", 6 * MiB, format="raw", pace=pace)
-    image = FULL.resize(folder / "disk", 8 * MiB, format="raw", pace=pace)
+    FULL.create(folder / "disk", 8 * MiB, format="raw", pace=pace)
+    assert is_written(folder / "disk")
+    image = FULL.resize(folder / "disk", 16 * MiB, format="raw", pace=pace)
 
     assert is_written(folder / "disk")
     assert image.state == "preallocated"

@@ -16,7 +16,9 @@ import pytest
 
 from functional.terminal import Terminal
 from functional.terminal import argv
+from imgprealloc import Pace
 from imgprealloc import Preallocator
+from imgprealloc import command
 
 MiB = 1 << 20
 
@@ -128,3 +130,85 @@ def _children(pid: int) -> list[int]:
         for child in map(int, (task / "children").read_text().split()):
             found += [child, *_children(child)]
     return found
+
+
+# The library.
+
+
+class _Enough(Exception):
+    """Raised by a caller who has changed their mind."""
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a program looked at so often that none is through between two looks."""
+    monkeypatch.setattr(command, "_BETWEEN_LOOKS", 0.005)
+
+
+def base_and_disk(folder: pathlib.Path, format: str) -> pathlib.Path:
+    """Make a small disk with data in it, which is about to grow much."""
+    disk = folder / "disk"
+    if format == "raw":
+        return images.random_file(disk, 4 * MiB)
+    base = images.random_file(folder / "base", 2 * MiB)
+    Preallocator().create(disk, 4 * MiB, str(base), backing_format="raw")
+    images.qemu_io(disk, "write -P 1 1M 1M")
+    return disk
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("pace", [None, Pace()], ids=["by qemu-img", "at a pace"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_caller_is_told_how_far_mode_full_is(folder: pathlib.Path, format: str, pace: Pace | None) -> None:
+    told: list[tuple[int, int]] = []
+    full = Preallocator("full")
+
+    full.create(folder / "new", 256 * MiB, format=format, progress=lambda *now: told.append(now), pace=pace)
+    on_the_way = [done for done, total in told if 0 < done < total]
+    told.clear()
+    disk = base_and_disk(folder, format)
+    full.resize(disk, 256 * MiB, format=format, progress=lambda *now: told.append(now), pace=pace)
+
+    assert on_the_way
+    assert [done for done, total in told if 0 < done < total]
+    assert all(0 <= done <= total for done, total in told)
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("pace", [None, Pace()], ids=["by qemu-img", "at a pace"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_caller_who_raises_ends_a_growth_and_the_disk_is_whole(
+    folder: pathlib.Path, format: str, pace: Pace | None
+) -> None:
+    disk = base_and_disk(folder, format)
+    before = images.digest(disk, format)
+
+    def enough(done: int, total: int) -> None:
+        if 0 < done < total:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        Preallocator("full").resize(disk, 256 * MiB, format=format, progress=enough, pace=pace)
+
+    # A cluster may be leaked, and no more be wrong.
+    checked = subprocess.run(["qemu-img", "check", "-q", "-f", format, disk], check=False)
+    assert checked.returncode in ((0, 3) if format == "qcow2" else (63,))
+    size = images.info(disk, format)["virtual-size"]
+    assert size in (4 * MiB, 256 * MiB)
+    Preallocator().resize(disk, 512 * MiB, format=format)
+    images.run("qemu-img", "resize", "-q", "--shrink", "-f", format, disk, 4 * MiB)
+    assert images.digest(disk, format) == before
+    assert not [name for name in os.listdir(folder) if "imgprealloc" in name]
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("pace", [None, Pace()], ids=["by qemu-img", "at a pace"])
+def test_caller_who_raises_ends_a_creation_and_nothing_is_left(folder: pathlib.Path, pace: Pace | None) -> None:
+    def enough(done: int, total: int) -> None:
+        if 0 < done < total:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        Preallocator("full").create(folder / "disk", 256 * MiB, progress=enough, pace=pace)
+
+    assert os.listdir(folder) == []

@@ -45,6 +45,16 @@ def overlay(folder: pathlib.Path, mode: str = "falloc") -> pathlib.Path:
     return disk
 
 
+def allocated(folder: pathlib.Path, mode: str = "falloc") -> pathlib.Path:
+    """Make an overlay whose map calls all beyond its base data."""
+    base = images.random_file(folder / "base", MiB)
+    disk = folder / "disk"
+    strategy = Preallocator(mode=mode, overlay_subclusters="allocated")  # type: ignore[arg-type]
+    strategy.create(disk, SIZE, str(base), backing_format="raw")
+    images.qemu_io(disk, "write -P 1 3M 1M")
+    return disk
+
+
 @kinds.with_fallocate
 def test_raw_disk_gives_back_what_its_guest_has_not_written_and_reads_thin(folder: pathlib.Path) -> None:
     disk = raw(folder)
@@ -142,7 +152,7 @@ def test_space_is_given_back_under_a_guess_because_no_byte_changes(folder: pathl
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-@pytest.mark.parametrize("make", [raw, overlay])
+@pytest.mark.parametrize("make", [raw, overlay, allocated])
 def test_copy_is_thin_whatever_was_written_and_reads_the_same(folder: pathlib.Path, make: Make, mode: str) -> None:
     disk = make(folder, mode)  # type: ignore[call-arg]
     format = "raw" if make is raw else "qcow2"

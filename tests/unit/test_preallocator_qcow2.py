@@ -20,6 +20,7 @@ from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc.filesystem import Filesystem
+from imgprealloc.qcow2 import Qcow2
 
 from . import in_format
 from .host import ENOSPC
@@ -1125,3 +1126,20 @@ def test_overlay_over_a_relative_base_is_grown_and_keeps_that_name(host: Host) -
     image = in_format.qcow2().resize(path, SIZE + 512)
 
     assert (image.virtual_size, image.backing_file) == (SIZE + 512, "base")
+
+
+def test_growth_that_whoever_was_told_has_ended_is_recovered_as_one_that_failed(host: Host) -> None:
+    path = host.qcow2(mapped=1.0)
+    recovered: list[str] = []
+
+    def ended() -> None:
+        raise LookupError("enough")
+
+    host.then["resize"] = ended
+    with (
+        fixtures.MockPatchObject(Qcow2, "recover", lambda self, file: recovered.append(file.path)),
+        pytest.raises(LookupError, match="enough"),
+    ):
+        Preallocator().resize(path, 2 * SIZE, format="qcow2")
+
+    assert recovered == [path]

@@ -287,6 +287,17 @@ def test_process_leaves_nothing_open_and_nothing_locked(file: pathlib.Path) -> N
     assert os.listdir("/proc/self/fd") == before
 
 
+def test_what_was_only_read_is_written_too(file: pathlib.Path) -> None:
+    # lseek(2) calls it data, once it is in the page cache.
+    with file.open("r+b") as disk:
+        os.posix_fallocate(disk.fileno(), 0, 4 * units.Mi)
+        disk.read()
+        zeros._main(str(file), disk.fileno())
+        zeros.forget_reads(disk.fileno())
+
+    assert holes(file) == []
+
+
 # From a place on, and at a pace.
 
 
