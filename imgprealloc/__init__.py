@@ -27,6 +27,7 @@ from imgprealloc.exceptions import UnsupportedFormat
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.layout import Layout
 from imgprealloc.preallocator import Preallocator
 from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
@@ -51,6 +52,7 @@ __all__ = (
     "ImageInUse",
     "IncompatibleNova",
     "InvalidSize",
+    "Layout",
     "Mode",
     "NoSpace",
     "NotPreallocated",

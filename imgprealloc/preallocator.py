@@ -31,6 +31,7 @@ from imgprealloc.format import Existing
 from imgprealloc.format import Format
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
+from imgprealloc.layout import Layout
 from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2 import Qcow2
@@ -76,6 +77,15 @@ class Preallocator(Settings):
         path = os.fspath(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
             return self._format(file, record.word(file, format)).read(file)
+
+    def layout(self, path: str | os.PathLike[str], *, format: Optional[str] = None) -> Layout:
+        """Find out where the bytes of a disk are, also of one in use, for a picture; nothing is written.
+
+        :raises: UnsupportedFilesystem, and what inspect() raises
+        """
+        path = os.fspath(path)
+        with os_errors.translated(path), disk_file.opened(path) as file:
+            return self._format(file, record.word(file, format)).layout(file)
 
     def holds_space(self, path: str | os.PathLike[str]) -> bool:
         """Whether the space of a disk in that place is really set aside in this mode.

@@ -44,14 +44,14 @@ def write(path: str, fd: int) -> None:
 def has_unwritten(fd: int, *, more_than: int = 0) -> bool:
     """Whether a file has more than so many bytes that were not written yet, whether they are held or not."""
     found = 0
-    for hole in _holes(fd):
+    for hole in holes(fd):
         found += hole.length
         if found > more_than:
             return True
     return False
 
 
-def _holes(fd: int) -> Iterator[Extent]:
+def holes(fd: int) -> Iterator[Extent]:
     """List what is said to read as zeros without having been written.
 
     By lseek(2) and not by the extent map, which calls data unwritten that is
@@ -70,6 +70,26 @@ def _holes(fd: int) -> Iterator[Extent]:
         start = os.lseek(fd, data, os.SEEK_HOLE) if data < end else end
 
 
+def written(fd: int, unit: int) -> Iterator[tuple[int, int]]:
+    """List where something was written: from which unit of an open file to before which.
+
+    As lseek(2) has it, with no more than two questions a unit, however many holes there are.
+
+    :param unit: bytes
+    """
+    position, end = 0, os.fstat(fd).st_size
+    while position < end:
+        try:
+            data = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:
+                raise
+            return
+        first, last = data // unit, -(-os.lseek(fd, data, os.SEEK_HOLE) // unit)
+        yield first, last
+        position = last * unit
+
+
 def _fill(path: str, fd: int) -> None:
     """Write zeros into the holes of an open file, each block once it has been read.
 
@@ -80,7 +100,7 @@ def _fill(path: str, fd: int) -> None:
     """
     zeros = bytes(_BLOCK)
     with lock.sole_opener(path, fd) as refuse_others:
-        for hole in _holes(fd):
+        for hole in holes(fd):
             position = hole.start
             while position < hole.end:
                 refuse_others()

@@ -94,16 +94,16 @@ class Working(command.Command):
         try:
             meant = paths or [instances.configured_path()]
         except cfg.Error as exc:
-            self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
+            self.tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
             return []
         for path in meant:
             try:
                 below = list(instances.disks_below(path)) if os.path.isdir(path) else [path]
             except OSError as exc:
-                self._tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
+                self.tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
                 continue
             if paths and not below:
-                self._tell(f"{path}: there is no disk of an instance in it. Check the path.")
+                self.tell(f"{path}: there is no disk of an instance in it. Check the path.")
             found += below
         return found
 
@@ -130,10 +130,10 @@ class Working(command.Command):
                     error = lack(image)
                     if error is not None:
                         error = f"{path}: {error}"
-                        self._tell(error)
+                        self.tell(error)
                     outcomes.append(Outcome(path, image, error))
                 except (exceptions.PreallocationError, OSError) as exc:
-                    self._tell(exc)
+                    self.tell(exc)
                     outcomes.append(Outcome(path, None, str(exc)))
                 except signals.Stopped as stopped:
                     stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
@@ -148,7 +148,8 @@ class Working(command.Command):
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
 
-    def _tell(self, error: object) -> None:
+    def tell(self, error: object) -> None:
+        """Say what is not done, and exit with 1."""
         self.status = 1
         self.app.LOG.error(error, exc_info=self.app.options.debug)
 

@@ -12,6 +12,7 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import fixtures
 from oslo_utils import units
@@ -353,6 +354,107 @@ def test_show_does_not_take_somebody_s_file_for_what_a_crash_has_left(host: Host
     leave(host, ".disk.imgprealloc", 0o600)
 
     assert run("show", host.raw()).err == ""
+
+
+@pytest.mark.parametrize(
+    ("states", "shown"),
+    [(["thin"], ["thin"]), (["error"], ["missing"]), (["preallocated", "thin"], ["disk", "thin"]), (["mapped"], [])],
+    ids=str,
+)
+def test_disks_in_one_state_are_shown_alone_and_all_are_looked_at(
+    host: Host, run: Run, states: list[str], shown: list[str]
+) -> None:
+    paths = [host.raw(held=SIZE), host.raw(name="thin"), host.path("missing")]
+
+    told = run("show", *(f"--state={state}" for state in states), "-f", "value", "-c", "path", *paths)
+
+    assert [os.path.basename(path) for path in told.out.split()] == shown
+    assert told.status == 1
+    assert host.path("missing") in told.err
+
+
+@pytest.mark.parametrize("column", ["size", "disk", "shortfall", "in use", "instance", "state"])
+def test_table_is_sorted_by_each_of_its_columns_also_where_disks_have_nothing_in_it(
+    host: Host, run: Run, column: str
+) -> None:
+    paths = [host.raw(name="b"), host.path("missing"), host.raw(2 * SIZE, name="a", held=SIZE // 2)]
+
+    told = run("show", "--sort-column", column, *paths)
+
+    assert "unsortable" not in told.err
+    if column in ("size", "disk", "shortfall"):
+        shown = [line.split()[3] for line in told.out.splitlines()[3:6]]
+        expected = ["a", "b", "missing"] if column == "disk" else ["b", "a", "missing"]
+        assert [os.path.basename(path) for path in shown] == expected
+
+
+# show --layout
+
+
+def test_layout_is_drawn_beside_the_look(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "disk.svg"
+
+    told = run("show", "--layout", "-f", "value", "-c", "state", host.qcow2(), "-o", str(target))
+
+    assert (told.status, told.out) == (0, "thin\n")
+    drawn = ElementTree.parse(target).getroot()
+    assert {"offset in the file", f"qcow2, thin; {disks.Size(SIZE).human_readable()}, in 0 pieces"} <= {
+        text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--layout", "disk"], "--layout and its file"),
+        (["-o", "disk.svg", "disk"], "--layout and its file"),
+        (["--layout", "-o", "disk.svg", "disk", "other"], "draws one disk, and 2 are meant"),
+    ],
+    ids=" ".join,
+)
+def test_layout_of_no_file_or_of_several_disks_is_2_and_draws_nothing(
+    host: Host, run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    host.raw()
+    host.raw(name="other")
+    monkeypatch.chdir(host.folder)
+
+    told = run("show", *argv)
+
+    assert (told.status, host.files) == (2, ["disk", "other"])
+    assert said in told.err
+
+
+def test_layout_of_a_folder_with_one_disk_is_that_disk_s(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    folder = instance_with(host, "disk")
+
+    assert run("show", "--layout", "--disk-format", "raw", "-o", str(tmp_path / "new.svg"), folder).status == 0
+    assert (tmp_path / "new.svg").exists()
+
+
+def test_picture_does_not_take_a_disk_s_place(host: Host, run: Run) -> None:
+    disk = host.qcow2()
+    before = host.content(disk)
+
+    told = run("show", "--layout", disk, "-o", disk)
+
+    assert told.status == 1
+    assert f"{disk}: what is there does not begin with <svg" in told.err
+    assert (host.content(disk), host.files) == (before, ["disk"])
+
+
+def test_picture_that_cannot_be_written_is_an_error(host: Host, run: Run) -> None:
+    told = run("show", "--layout", host.raw(), "-o", "/nowhere/disk.svg")
+
+    assert told.status == 1
+    assert "/nowhere/disk.svg: No such file or directory" in told.err
+
+
+def test_disk_that_cannot_be_read_is_not_drawn(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    told = run("show", "--layout", host.path("missing"), "-o", str(tmp_path / "disk.svg"))
+
+    assert (told.status, told.err.count("\n")) == (1, 1)
+    assert not (tmp_path / "disk.svg").exists()
 
 
 # check
