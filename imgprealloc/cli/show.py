@@ -10,10 +10,12 @@ from typing import Any, get_args
 
 from oslo_utils import units
 
+from imgprealloc import backing
 from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import log
 from imgprealloc import mounts
+from imgprealloc import presence
 from imgprealloc import replacement
 from imgprealloc import storage
 from imgprealloc import zeros
@@ -75,6 +77,8 @@ class Show(disks.Disks):
             image = Preallocator().inspect(path, format=parsed_args.disk_format)
             if image.held:
                 _tell_thin_storage(path)
+            if image.backing_file is not None:
+                _tell_missing_base(path, image.backing_file)
             return image
 
         outcomes = self.each(paths, look, at_once=abreast.cpus())
@@ -119,6 +123,18 @@ def _tell_thin_storage(path: str) -> None:
                 "thin storage",
                 path if mount is None else mount.point,
                 f"thin storage below: {thin}; what mode falloc sets aside is not held there, what mode full writes is",
+            )
+
+
+def _tell_missing_base(path: str, backing_file: str) -> None:
+    """Warn of a backing file that is not there. It is not opened: a guest may have written its name."""
+    with _nothing_to_tell(), disk_file.opened(path) as file:
+        if not backing.names_protocol(backing_file) and not presence.is_there(file.beside(backing_file)):
+            log.warn_once(
+                "missing base",
+                path,
+                f"its backing file {backing_file} is not there, so that no guest can start from it; put it back where "
+                "it was, or name the right one (qemu-img rebase -u)",
             )
 
 

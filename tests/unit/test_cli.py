@@ -21,6 +21,7 @@ import pytest
 
 from imgprealloc import check_nova
 from imgprealloc import cli
+from imgprealloc import domains
 from imgprealloc import instances
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
@@ -33,6 +34,7 @@ Run = Callable[..., Any]
 # As design and documentation promise them to scripts.
 KEYS = [
     "instance",
+    "name",
     "path",
     "format",
     "virtual_size",
@@ -93,6 +95,7 @@ def test_show_gives_scripts_plain_bytes_and_counts(host: Host, run: Run) -> None
 
     assert {key: shown[key] for key in KEYS if key not in ("allocated_size", "shortfall")} == {
         "instance": None,
+        "name": None,
         "path": disk,
         "format": "qcow2",
         "virtual_size": SIZE,
@@ -153,6 +156,156 @@ def test_disk_is_told_with_its_instance(host: Host, run: Run) -> None:
     (shown,) = json.loads(run("show", "-f", "json", disk).out)
 
     assert (shown["instance"], shown["path"]) == (INSTANCE, disk)
+
+
+LIBVIRT_XML = """<domain type='kvm'>
+  <name>instance-00000001</name>
+  <uuid>{uuid}</uuid>
+  <metadata>
+    <nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1">
+      <nova:name>{name}</nova:name>
+      <nova:flavor name="m1.small"/>
+    </nova:instance>
+  </metadata>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='{format}' cache='none'/>
+      <source file='{disk}' index='1'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='/var/lib/nova/mnt/0d7a/volume-1'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw'/>
+      <source file='{disk}.config'/>
+    </disk>
+    <disk type='network' device='disk'><driver name='qemu' type='raw'/></disk>
+  </devices>
+</domain>
+"""
+
+
+@pytest.fixture
+def libvirt(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Give a folder in which libvirt has its records, of instances that run and of all."""
+    for name in ("run", "etc"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(domains, "_FOLDERS", (str(tmp_path / "run"), str(tmp_path / "etc")))
+    return tmp_path
+
+
+def note_domain(file: pathlib.Path, disk: str, *, name: str = "web1", format: str = "raw", uuid: str = INSTANCE) -> str:
+    """Write what libvirt does; return it."""
+    said = LIBVIRT_XML.format(uuid=uuid, name=name, format=format, disk=disk)
+    file.write_text(said if file.parent.name == "etc" else f"<domstatus state='running'>{said}</domstatus>")
+    return said
+
+
+@pytest.mark.parametrize("where", ["run", "etc"])
+def test_disk_is_told_with_the_name_of_its_instance(host: Host, run: Run, libvirt: pathlib.Path, where: str) -> None:
+    disk = os.path.join(instance_with(host, "disk", "disk.swap"), "disk")
+    note_domain(libvirt / where / "instance-00000001.xml", disk, name="web 1\x7f\u202e")
+
+    rows = json.loads(run("show", "-f", "json", host.folder).out)
+
+    assert [row["name"] for row in rows] == ["web 1\\x7f\\u202e"] * 2
+    assert "web 1" in run("show", "--long", host.folder).out
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_of_which_nova_has_no_record_is_what_libvirt_has_on_record(
+    host: Host, run: Run, libvirt: pathlib.Path, format: str
+) -> None:
+    folder = os.path.dirname(host.path(os.path.join(INSTANCE, "disk")))
+    os.mkdir(folder)
+    disk = host.qcow2(name=os.path.join(INSTANCE, "disk"), mapped=0.5)
+    # By another path, as from within a container.
+    note_domain(libvirt / "etc" / "instance-00000001.xml", f"/var/lib/nova/instances/{INSTANCE}/disk", format=format)
+
+    shown = run("allocate", "--rewrite", "-f", "value", "-c", "format", "-c", "state", disk)
+
+    assert (shown.status, shown.out) == (0, f"{format} preallocated\n")
+    assert host.run("info") == []
+
+
+def test_nova_s_word_that_a_disk_is_raw_weighs_more_than_libvirt_s(host: Host, run: Run, libvirt: pathlib.Path) -> None:
+    os.mkdir(host.path(INSTANCE))
+    disk = host.qcow2(name=os.path.join(INSTANCE, "disk"), mapped=0.5)
+    note_domain(libvirt / "etc" / "instance-00000001.xml", disk, format="qcow2")
+    with open(os.path.join(host.path(INSTANCE), "disk.info"), "w") as file:
+        json.dump({disk: "raw"}, file)
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "raw\n"
+
+
+def test_what_libvirt_says_of_one_that_runs_counts_before_what_it_has_on_file(
+    host: Host, run: Run, libvirt: pathlib.Path
+) -> None:
+    disk = os.path.join(instance_with(host, "disk"), "disk")
+    note_domain(libvirt / "run" / "instance-00000001.xml", disk, name="now")
+    note_domain(libvirt / "etc" / "instance-00000001.xml", disk, name="before")
+
+    assert run("show", "-f", "value", "-c", "name", disk).out == "now\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<domain", b"<domain/>", b"<pool><uuid>x</uuid></pool>", b"\xff" * 100, b" " * (2 << 20), None],
+    ids=["empty", "cut off", "nobody's", "a pool", "no text", "too long", "a FIFO"],
+)
+def test_record_of_libvirt_s_that_cannot_be_read_keeps_nobody_from_the_rest(
+    host: Host, run: Run, libvirt: pathlib.Path, content: bytes | None
+) -> None:
+    disk = os.path.join(instance_with(host, "disk"), "disk")
+    odd = libvirt / "etc" / "a.xml"
+    if content is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(content)
+    note_domain(libvirt / "etc" / "b.xml", disk)
+
+    assert run("show", "-f", "value", "-c", "name", disk).out == "web1\n"
+
+
+def test_volumes_and_config_drives_are_not_taken_from_libvirt_s_record(libvirt: pathlib.Path) -> None:
+    note_domain(libvirt / "etc" / "a.xml", f"/instances/{INSTANCE}/disk")
+
+    assert domains.known()[INSTANCE].formats == {f"/instances/{INSTANCE}/disk": "raw"}
+
+
+@pytest.mark.parametrize("verb", ["show", "allocate", "check", "metrics"])
+def test_empty_file_of_which_nobody_says_what_it_is_is_no_preallocated_disk(host: Host, run: Run, verb: str) -> None:
+    disk = host.raw(0)
+
+    told = run(verb, disk)
+
+    assert told.status == (3 if verb == "check" else 1)
+    assert f"{disk}: the file is empty, and nobody's word tells its format" in told.err
+    assert "preallocated |" not in told.out
+
+
+def test_empty_file_that_is_said_to_be_raw_is_a_disk_of_no_size(host: Host, run: Run) -> None:
+    disk = host.raw(0)
+
+    assert run("show", "--disk-format", "raw", "-f", "value", "-c", "state", disk).out == "preallocated\n"
+    note_format(host, {disk: "raw"})
+    assert run("show", "-f", "value", "-c", "state", disk).out == "preallocated\n"
+
+
+@pytest.mark.parametrize("verb", [["allocate"], ["allocate", "--rewrite"], ["show"]], ids=" ".join)
+def test_base_that_is_missing_is_told_with_the_disk_s_name(host: Host, run: Run, verb: list[str]) -> None:
+    disk = host.overlay()
+    os.unlink(host.path("base"))
+
+    told = run(*verb, "--disk-format", "qcow2", disk)
+
+    assert f"{disk}: its backing file {host.path('base')} is not there" in told.err
+    assert told.status == (0 if verb == ["show"] else 1)
+
+
+def test_base_that_is_there_is_not_told_of(host: Host, run: Run) -> None:
+    assert run("show", "--disk-format", "qcow2", host.overlay()).err == ""
 
 
 def test_table_fits_80_characters_and_ends_with_a_sum(host: Host, run: Run) -> None:

@@ -22,7 +22,7 @@ MODULES = {
 # The house: each module stands on those below it, and knows of nothing above.
 FLOORS = (
     {"image", "exceptions", "settings", "log", "presence", "progress", "native_thread", "rounds", "instances"},
-    {"os_errors", "layout"},
+    {"os_errors", "layout", "domains"},
     {"command"},
     {"qemu_img", "fallocate", "qcow2_header"},
     {"subclusters", "cluster_map", "refcounts", "worst_case"},
