@@ -71,8 +71,12 @@ class Layout:
     @property
     def kinds(self) -> frozenset[Kind]:
         """What there is in it."""
-        placed = [each.kind for each in (*self.stretches, *self.dots)]
-        return frozenset([*placed, *(kind for _, kind in self.bare)])
+        long, small, bare = (
+            {stretch.kind for stretch in self.stretches},
+            {dot.kind for dot in self.dots},
+            {kind for _, kind in self.bare},
+        )
+        return frozenset(long | small | bare)
 
 
 def laid_out(virtual_size: int, places: str, low: int, high: int, stretches: Iterable[Stretch]) -> Layout:

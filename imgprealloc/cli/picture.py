@@ -97,22 +97,22 @@ def _draw(group: ElementTree.Element, panel: Panel) -> None:
     _write(group, 0, -36, _shortened(panel.title), **{"font-weight": "bold"})
     pieces = "1 piece" if found.pieces == 1 else f"{found.pieces:,} pieces"
     _write(group, 0, -18, f"{panel.described}; {_size(found.virtual_size)}, in {pieces}")
-    for at in _ticks(0, found.virtual_size):
+    for at in _ticks(found.virtual_size):
         x = at * _WIDTH / max(1, found.virtual_size)
         _rule(group, x, 0, x, _HEIGHT)
         _write(group, x, _HEIGHT + _STRIP_TOP + _STRIP + 16, _size(at), **{"text-anchor": "middle"})
-    for at in _ticks(found.low, found.high):
-        y = _HEIGHT - (at - found.low) * _HEIGHT / max(1, found.high - found.low)
+    # From the lowest on, or what is far out on the storage had the same number everywhere.
+    for at in _ticks(found.high - found.low):
+        y = _HEIGHT - at * _HEIGHT / max(1, found.high - found.low)
         _rule(group, 0, y, _WIDTH, y)
         _write(group, -8, y + 4, _size(at), **{"text-anchor": "end"})
     _add(group, "rect", width=str(_WIDTH), height=str(_HEIGHT), fill="none", stroke="#888888")
     _write(
         group, _WIDTH / 2, _HEIGHT + _STRIP_TOP + _STRIP + 34, "offset in the guest's disk", **{"text-anchor": "middle"}
     )
-    _write(
-        group, 0, 0, f"offset {found.places}", transform=f"translate({12 - _LEFT} {_HEIGHT // 2}) rotate(-90)",
-        **{"text-anchor": "middle"},
-    )  # fmt: skip
+    upwards = f"offset {found.places}" + (f", from byte {found.low:,} on" if found.low else "")
+    turned = f"translate({12 - _LEFT} {_HEIGHT // 2}) rotate(-90)"
+    _write(group, 0, 0, upwards, transform=turned, **{"text-anchor": "middle"})
     for kind, colour in _COLOURS.items():
         drawn = [*_lines(found, kind), *_dots(found, kind)]
         if drawn:
@@ -157,12 +157,12 @@ def _runs(numbers: Iterable[int]) -> Iterable[tuple[int, int]]:
         yield members[0], members[-1] + 1
 
 
-def _ticks(low: int, high: int) -> range:
-    """Choose round numbers of bytes between two."""
+def _ticks(end: int) -> range:
+    """Choose round numbers of bytes up to an end."""
     step = 1
-    while (high - low) // step > _MOST_TICKS:
+    while end // step > _MOST_TICKS:
         step *= 2
-    return range(-(-low // step) * step, high + 1, step)
+    return range(0, end + 1, step)
 
 
 def _size(bytes: int) -> str:

@@ -69,6 +69,15 @@ def test_picture_has_a_title_units_on_its_axes_and_a_legend_of_what_is_in_it() -
     ]
 
 
+def test_places_that_are_far_out_are_told_from_the_lowest_on() -> None:
+    far = 118 * units.Gi
+
+    written = texts(draw(laid_out(SIZE, "on the storage", far, far + SIZE, [Stretch(0, SIZE, far, "data")])))
+
+    assert f"offset on the storage, from byte {far:,} on" in written
+    assert written.count("512 MiB") == 2
+
+
 def test_each_kind_has_its_colour() -> None:
     kinds = list(picture._LEGEND)
     part = SIZE // len(kinds)
