@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import contextlib
 import dataclasses
 import os
-import stat
 from typing import Optional
 from xml.etree import ElementTree
 
@@ -57,7 +56,7 @@ def _read(path: str) -> Optional[Domain]:
         # A FIFO would be waited for.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
-            content = file.read(_GREATEST + 1) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+            content = file.read(_GREATEST + 1)
         root = ElementTree.fromstring(content) if len(content) <= _GREATEST else None
     except (OSError, ElementTree.ParseError):
         return None

@@ -106,6 +106,15 @@ def test_what_a_guest_has_written_to_a_preallocated_overlay_is_data_and_the_rest
     assert Stretch(30 * MiB, 2 * MiB, _place(found, 30 * MiB), "data") in found.stretches
 
 
+def test_overlay_that_is_written_with_zeros_shows_its_base_all_the_same(
+    folder: pathlib.Path, base: pathlib.Path
+) -> None:
+    disk = folder / "disk"
+    Preallocator("full").create(disk, 24 * MiB, str(base), backing_format="raw")
+
+    assert lengths(layout(disk)) == {"unwritten": 24 * MiB}
+
+
 def _place(found: Layout, start: int) -> int:
     (place,) = (each.place for each in found.stretches if each.start == start)
     assert place is not None
@@ -120,6 +129,13 @@ def test_zeroed_clusters_hide_the_base(folder: pathlib.Path, base: pathlib.Path)
 
     assert {kind for column, kind in found.bare if column < 120} == {"nothing"}
     assert {kind for column, kind in found.bare if column >= 120} == {"base"}
+
+
+def test_data_that_is_marked_as_zeros_keeps_its_place_and_is_data_no_more(folder: pathlib.Path) -> None:
+    disk = images.qcow2(folder / "disk", SIZE)
+    images.qemu_io(disk, f"write -P 1 0 {SIZE}", "write -z 4M 4M")
+
+    assert lengths(layout(disk)) == {"data": 8 * MiB, "unwritten": 4 * MiB}
 
 
 def test_compressed_clusters_are_data_in_their_place(folder: pathlib.Path) -> None:
