@@ -44,14 +44,14 @@ def write(path: str, fd: int) -> None:
 def has_unwritten(fd: int, *, more_than: int = 0) -> bool:
     """Whether a file has more than so many bytes that were not written yet, whether they are held or not."""
     found = 0
-    for hole in holes(fd):
+    for hole in _holes(fd):
         found += hole.length
         if found > more_than:
             return True
     return False
 
 
-def holes(fd: int) -> Iterator[Extent]:
+def _holes(fd: int) -> Iterator[Extent]:
     """List what is said to read as zeros without having been written.
 
     By lseek(2) and not by the extent map, which calls data unwritten that is
@@ -81,11 +81,12 @@ def written(fd: int, unit: int) -> Iterator[tuple[int, int]]:
     while position < end:
         try:
             data = os.lseek(fd, position, os.SEEK_DATA)
+            hole = os.lseek(fd, data, os.SEEK_HOLE)
         except OSError as exc:
             if exc.errno != errno.ENXIO:
                 raise
             return
-        first, last = data // unit, -(-os.lseek(fd, data, os.SEEK_HOLE) // unit)
+        first, last = data // unit, -(-hole // unit)
         yield first, last
         position = last * unit
 
@@ -100,7 +101,7 @@ def _fill(path: str, fd: int) -> None:
     """
     zeros = bytes(_BLOCK)
     with lock.sole_opener(path, fd) as refuse_others:
-        for hole in holes(fd):
+        for hole in _holes(fd):
             position = hole.start
             while position < hole.end:
                 refuse_others()

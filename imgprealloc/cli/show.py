@@ -99,9 +99,9 @@ class Show(disks.Disks):
                 panel = picture.Panel(image.path, f"{image.format}, {image.state}", found)
                 new_file.write(target, picture.svg([panel]), picture.BEGINS)
             except (exceptions.PreallocationError, new_file.InTheWay) as exc:
-                self.tell(exc)
+                self._tell(exc)
             except OSError as exc:
-                self.tell(f"{target}: {exc.strerror}. Check the folder and its permissions.")
+                self._tell(f"{target}: {exc.strerror}. Check the folder and its permissions.")
 
 
 def _state(outcome: working.Outcome) -> str:

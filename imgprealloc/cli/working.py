@@ -103,16 +103,16 @@ class Working(command.Command):
         try:
             meant = paths or [instances.configured_path()]
         except cfg.Error as exc:
-            self.tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
+            self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
             return []
         for path in meant:
             try:
                 below = list(instances.disks_below(path)) if os.path.isdir(path) else [path]
             except OSError as exc:
-                self.tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
+                self._tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
                 continue
             if paths and not below:
-                self.tell(f"{path}: there is no disk of an instance in it. Check the path.")
+                self._tell(f"{path}: there is no disk of an instance in it. Check the path.")
             found += below
         return found
 
@@ -139,10 +139,10 @@ class Working(command.Command):
                     error = lack(image)
                     if error is not None:
                         error = f"{path}: {error}"
-                        self.tell(error)
+                        self._tell(error)
                     outcomes.append(Outcome(path, image, error))
                 except (exceptions.PreallocationError, OSError) as exc:
-                    self.tell(exc)
+                    self._tell(exc)
                     outcomes.append(Outcome(path, None, str(exc)))
                 except signals.Stopped as stopped:
                     stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
@@ -157,8 +157,7 @@ class Working(command.Command):
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
 
-    def tell(self, error: object) -> None:
-        """Say what is not done, and exit with 1."""
+    def _tell(self, error: object) -> None:
         self.status = 1
         self.app.LOG.error(error, exc_info=self.app.options.debug)
 

@@ -48,13 +48,13 @@ def fill(path: pathlib.Path) -> int:
 
 def holes(path: pathlib.Path) -> list[Extent]:
     with path.open("rb") as file:
-        return list(zeros.holes(file.fileno()))
+        return list(zeros._holes(file.fileno()))
 
 
 @contextlib.contextmanager
 def called_a_hole(*extents: Extent) -> Iterator[None]:
     """Let the filesystem call these stretches holes, whatever is in them."""
-    with fixtures.MockPatchObject(zeros, "holes", lambda fd: iter(extents)):
+    with fixtures.MockPatchObject(zeros, "_holes", lambda fd: iter(extents)):
         yield
 
 
