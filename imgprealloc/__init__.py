@@ -27,6 +27,7 @@ from imgprealloc.exceptions import UnsupportedFormat
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.layout import Layout
 from imgprealloc.pace import Pace
 from imgprealloc.plan import Plan
 from imgprealloc.plan import TreatmentName
@@ -54,6 +55,7 @@ __all__ = (
     "ImageInUse",
     "IncompatibleNova",
     "InvalidSize",
+    "Layout",
     "Mode",
     "NoSpace",
     "NotPreallocated",

@@ -28,7 +28,7 @@ class PreallocationError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return _on_one_line(f"{self.path}: {self.reason}. {self.remedy}")
+        return on_one_line(f"{self.path}: {self.reason}. {self.remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Python would call __init__ with these three alone, and some need more.
@@ -42,7 +42,7 @@ def _made_again(kind: type[PreallocationError], args: tuple[Any, ...], state: di
     return error
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """Escape what would end the line, or speak to the terminal; a file's name may have it."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text

@@ -22,7 +22,7 @@ import itertools
 import os
 import struct
 import sys
-from typing import Optional, overload
+from typing import NamedTuple, Optional, overload
 
 from oslo_utils import units
 
@@ -42,6 +42,9 @@ _FIEMAP = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
 _FIEMAP_MAX_LENGTH = 2**64 - 1
 _EXTENT_LAST = 0x0001
+# Delayed allocations have no place yet.
+_EXTENT_UNKNOWN = 0x0002
+_EXTENT_UNWRITTEN = 0x0800
 _EXTENT_SHARED = 0x2000
 _EXTENTS_A_CALL = 512
 
@@ -78,6 +81,20 @@ class Extent:
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+class Placed(NamedTuple):
+    """A stretch of a file, in bytes, and where on its storage that is.
+
+    :param place: None for what has no place there yet
+    :param unwritten: set aside, and not written, but perhaps in the page cache
+    """
+
+    start: int
+    length: int
+    place: Optional[int]
+    unwritten: bool
+    shared: bool
 
 
 class ExtentMap(Sequence[Extent]):
@@ -273,7 +290,20 @@ def _fiemap(fd: int) -> ExtentMap:
     joined = ExtentMap()
     # The piece that the next extent may belong to.
     start, end, was_shared = 0, 0, False
-    flags = 0
+    for answer in _answers(fd):
+        for logical, _, length, _, _, flags, _, _, _ in answer:
+            shared = bool(flags & _EXTENT_SHARED)
+            if logical != end or shared != was_shared:
+                joined.add(start, end, shared=was_shared)
+                start, was_shared = logical, shared
+            end = logical + length
+    joined.add(start, end, shared=was_shared)
+    return joined
+
+
+def _answers(fd: int) -> Iterator[list[tuple[int, ...]]]:
+    """Ask for the extents of an open file, as the kernel tells them: some hundreds at a time."""
+    end, flags = 0, 0
     while not flags & _EXTENT_LAST:
         # Without FIEMAP_FLAG_SYNC, which would wait for the writes of a guest:
         # delayed allocations are listed too, and count as set aside.
@@ -282,16 +312,27 @@ def _fiemap(fd: int) -> ExtentMap:
         _ioctl(fd, _FS_IOC_FIEMAP, buffer)
         found = _FIEMAP.unpack_from(buffer)[3]
         if not found:
-            break
-        answer = memoryview(buffer)[_FIEMAP.size : _FIEMAP.size + found * _FIEMAP_EXTENT.size]
-        for logical, _, length, _, _, flags, _, _, _ in _FIEMAP_EXTENT.iter_unpack(answer):
-            shared = bool(flags & _EXTENT_SHARED)
-            if logical != end or shared != was_shared:
-                joined.add(start, end, shared=was_shared)
-                start, was_shared = logical, shared
-            end = logical + length
-    joined.add(start, end, shared=was_shared)
-    return joined
+            return
+        answer = list(_FIEMAP_EXTENT.iter_unpack(memoryview(buffer)[_FIEMAP.size :][: found * _FIEMAP_EXTENT.size]))
+        logical, _, length, _, _, flags, _, _, _ = answer[-1]
+        end = logical + length
+        yield answer
+
+
+def placed(fd: int) -> Iterator[Placed]:
+    """List where on its storage an open file's extents are, in order, each as the kernel tells it.
+
+    :raises: OSError, with EOPNOTSUPP where the filesystem cannot tell (tmpfs, NFS)
+    """
+    for answer in _answers(fd):
+        for logical, physical, length, _, _, flags, _, _, _ in answer:
+            yield Placed(
+                logical,
+                length,
+                None if flags & _EXTENT_UNKNOWN else physical,
+                bool(flags & _EXTENT_UNWRITTEN),
+                bool(flags & _EXTENT_SHARED),
+            )
 
 
 def held(found: Iterable[Extent], end: int) -> int:

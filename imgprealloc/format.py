@@ -20,6 +20,7 @@ from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
+from imgprealloc.layout import Layout
 from imgprealloc.plan import TreatmentName
 from imgprealloc.promise import Promise
 from imgprealloc.replacement import NewFile
@@ -102,6 +103,14 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def glance(self, file: DiskFile) -> Optional[DiskImage]:
         """Read a disk without starting a program, if it is plainly preallocated; None for all else."""
+
+    @abc.abstractmethod
+    def layout(self, file: DiskFile) -> Layout:
+        """Find out where the bytes of a disk are, for a picture.
+
+        :raises: FormatMismatch, UnsupportedFormat, UnsupportedFilesystem,
+            BrokenImage, OSError
+        """
 
     @abc.abstractmethod
     def is_done(self, image: DiskImage, mode: Mode) -> bool:

@@ -151,7 +151,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         formats = {info["path"]: info["type"] for info in json.loads(disk_info)} if is_on() else {}
         _arriving[instance.uuid] = instance
         try:
-            with record.told_by_source_host(formats):
+            with record.also_told(formats):
                 super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
         finally:
             del _arriving[instance.uuid]

@@ -40,6 +40,7 @@ from imgprealloc.format import Existing
 from imgprealloc.format import Format
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
+from imgprealloc.layout import Layout
 from imgprealloc.pace import Pace
 from imgprealloc.plan import Plan
 from imgprealloc.progress import Progress
@@ -93,6 +94,15 @@ class Preallocator(Settings):
         path = disk_file.named(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
             return self._format(file, record.word(file, format)).read(file)
+
+    def layout(self, path: Path, *, format: Optional[str] = None) -> Layout:
+        """Find out where the bytes of a disk are, also of one in use, for a picture; nothing is written.
+
+        :raises: UnsupportedFilesystem, and what inspect() raises
+        """
+        path = disk_file.named(path)
+        with os_errors.translated(path), disk_file.opened(path) as file:
+            return self._format(file, record.word(file, format)).layout(file)
 
     def holds_space(self, path: Path) -> bool:
         """Whether the space of a disk in that place is really set aside in this mode.

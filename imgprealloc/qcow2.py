@@ -16,6 +16,7 @@ from imgprealloc import format
 from imgprealloc import glance
 from imgprealloc import lock
 from imgprealloc import log
+from imgprealloc import placement
 from imgprealloc import qcow2_header
 from imgprealloc import qemu_img
 from imgprealloc import reading
@@ -30,6 +31,7 @@ from imgprealloc.format import Geometry
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
+from imgprealloc.layout import Layout
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2_header import Blank
 from imgprealloc.replacement import NewFile
@@ -55,6 +57,9 @@ class Qcow2(format.Format):
 
     def glance(self, file: DiskFile) -> Optional[DiskImage]:
         return glance.qcow2(file)
+
+    def layout(self, file: DiskFile) -> Layout:
+        return placement.qcow2(file)
 
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         return image.mapped if mode == "metadata" else image.state == "preallocated"

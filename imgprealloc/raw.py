@@ -9,6 +9,7 @@ from typing import Optional
 from imgprealloc import exceptions
 from imgprealloc import format
 from imgprealloc import glance
+from imgprealloc import placement
 from imgprealloc import qemu_img
 from imgprealloc import reading
 from imgprealloc import replacement
@@ -18,6 +19,7 @@ from imgprealloc.format import Existing
 from imgprealloc.format import Geometry
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
+from imgprealloc.layout import Layout
 from imgprealloc.promise import Promise
 from imgprealloc.replacement import NewFile
 from imgprealloc.settings import Mode
@@ -36,6 +38,9 @@ class Raw(format.Format):
 
     def glance(self, file: DiskFile) -> Optional[DiskImage]:
         return glance.raw(file)
+
+    def layout(self, file: DiskFile) -> Layout:
+        return placement.raw(file)
 
     def is_done(self, image: DiskImage, mode: Mode) -> bool:
         return mode == "metadata" or image.held

@@ -34,9 +34,9 @@ _GREATEST_RECORD = units.Mi
 
 _NAME = "disk.info"
 
-# What the hosts that disks come from have told, by the names of the disks'
-# folders and their own: instances_path may be another there.
-_source_host: dict[tuple[str, str], str] = {}
+# What the hosts that disks come from, or libvirt, have told, by the names of the
+# disks' folders and their own: instances_path may be another there.
+_told: dict[tuple[str, str], str] = {}
 
 # Disks that had no record of their own before this process let Nova write one,
 # which then is but the configuration's word: device, inode.
@@ -87,15 +87,29 @@ def word(file: DiskFile, told: str | None = None) -> Word:
         return Word(told, "the caller")
     found = note(file.path, file.real_path)
     if found.format is None:
+        _refuse_empty(file)
         return Word(reading.guessed_format(file), "its first bytes")
     if found.format == "raw" and qcow2_header.begins(file.fd):
         log.warn_once(
             "raw on record",
             file.path,
-            "taken for raw, as in disk.info, but it begins like qcow2: written by its guest, or by Nova, "
+            "taken for raw, as Nova has it on record, but it begins like qcow2: written by its guest, or by Nova, "
             "if that has converted the disk; the instance's XML tells. Then say --disk-format qcow2",
         )
     return Word(found.format, "disk.info")
+
+
+def _refuse_empty(file: DiskFile) -> None:
+    """Refuse to guess what a file without a byte is: a disk that was cut off is not one that has all it needs.
+
+    :raises: BrokenImage
+    """
+    if not os.fstat(file.fd).st_size:
+        raise exceptions.BrokenImage(
+            file.path,
+            "the file is empty, and nobody's word tells its format",
+            "Have the disk back from a copy, or build its instance anew; if it has no size, say --disk-format raw.",
+        )
 
 
 def require_certain(file: DiskFile, said: Word, deed: str) -> None:
@@ -149,20 +163,23 @@ def agrees(path: str, format: str) -> bool:
 
 
 @contextlib.contextmanager
-def told_by_source_host(formats: Mapping[str, str]) -> Iterator[None]:
-    """Let what the host that disks come from has told of their formats count, for as long as the block runs."""
-    told = {_instance_and_name(path): format for path, format in formats.items()}
-    _source_host.update(told)
+def also_told(formats: Mapping[str, str]) -> Iterator[None]:
+    """Let what somebody has told of disks' formats count, as a record does, for as long as the block runs.
+
+    :param formats: by the disks' paths: of the host that they come from, or of libvirt
+    """
+    of_disks = {_instance_and_name(path): format for path, format in formats.items()}
+    _told.update(of_disks)
     try:
         yield
     finally:
-        for disk in told:
-            _source_host.pop(disk, None)
+        for disk in of_disks:
+            _told.pop(disk, None)
 
 
 def source_host_says(path: str) -> Optional[str]:
     """Return the format that the host has told of that a disk is just coming from; None where none has."""
-    return _source_host.get(_instance_and_name(path))
+    return _told.get(_instance_and_name(path))
 
 
 def _instance_and_name(path: str) -> tuple[str, str]:

@@ -28,8 +28,11 @@ import warnings
 import loop_filesystem
 import psutil
 
+from imgprealloc import Layout
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
+from imgprealloc.cli import new_file
+from imgprealloc.cli import picture
 
 _MIB = 1024**2
 _BASE_SIZE = 64 * _MIB
@@ -98,6 +101,7 @@ class Outcome:
     failed_writes: int
     fragmented_clusters: int
     reads_as_written: bool
+    layout: Layout
 
 
 def observe(name: str, preallocated: bool, kind: str, base: str, guest: Guest) -> Outcome:
@@ -129,6 +133,7 @@ def observe(name: str, preallocated: bool, kind: str, base: str, guest: Guest) -
                 failed_writes,
                 after.fragmented_clusters or 0,
                 _same(path, guest.content),
+                reader.layout(path),
             )
         finally:
             _end_children()
@@ -163,6 +168,20 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(outcomes)), *lines[1:]])
 
 
+def draw(outcomes: list[Outcome]) -> str:
+    """Draw where the bytes of the disks are in their files, a disk a panel."""
+    return picture.svg(
+        [
+            picture.Panel(
+                f"{disk.name}, after the guest's writes",
+                f"{_share(disk.fragmented_clusters, disk.clusters)} clusters fragmented",
+                disk.layout,
+            )
+            for disk in outcomes
+        ]
+    )
+
+
 def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({100 * part / whole:.2f} %)"
 
@@ -184,7 +203,7 @@ def verdict(stock: Outcome, ours: Outcome) -> list[str]:
     return [failure for failure, came_about in expected.items() if not came_about]
 
 
-def demonstrate(kind: str, directory: str) -> int:
+def demonstrate(kind: str, directory: str, picture_path: str) -> int:
     """Run the demo below a directory; return the exit status."""
     nova = f"stock Nova {importlib.metadata.version('nova')}"
     print(f"{nova} and imgprealloc {importlib.metadata.version('imgprealloc')} side by side, by {_qemu_version()},")
@@ -197,6 +216,8 @@ def demonstrate(kind: str, directory: str) -> int:
         stock = observe(nova, False, kind, base, guest)
         ours = observe("imgprealloc", True, kind, base, guest)
     print(f"\n{table([stock, ours])}\n")
+    new_file.write(picture_path, draw([stock, ours]), picture.BEGINS)
+    print(f"Where the bytes of both are in their files: {picture_path}, for a browser.")
     failures = verdict(stock, ours)
     for failure in failures:
         print(f"FAILED: {failure}.")
@@ -274,6 +295,11 @@ def main() -> int:
     parser.add_argument("--filesystem", choices=loop_filesystem.COMMON, default="ext4", help="default: %(default)s")
     # Not /tmp, which is memory on many systems.
     parser.add_argument("--directory", default="/var/tmp", help="for its files while it runs; default: %(default)s")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="where both disks are drawn, as SVG; default: imgprealloc-demo.svg in that folder",
+    )
     args = parser.parse_args()
     tempfile.tempdir = os.path.abspath(args.directory)
     # Nova 34 does without eventlet but still imports it, and eventlet warns of itself.
@@ -282,11 +308,12 @@ def main() -> int:
         signal.signal(number, _stop)
     try:
         _require_room(args.directory)
-        return demonstrate(args.filesystem, args.directory)
+        picture_path = args.picture or os.path.join(args.directory, "imgprealloc-demo.svg")
+        return demonstrate(args.filesystem, args.directory, picture_path)
     except PreallocationError as exc:
         print(f"FAILED: {exc}")
         return 1
-    except (DemoError, OSError, RuntimeError) as exc:
+    except (DemoError, new_file.InTheWay, OSError, RuntimeError) as exc:
         print(f"tools/demo: {exc}", file=sys.stderr)
         return 2
 

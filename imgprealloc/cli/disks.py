@@ -15,6 +15,7 @@ from cliff import lister
 from cliff.columns import FormattableColumn
 from oslo_utils import units
 
+from imgprealloc import exceptions
 from imgprealloc import settings
 from imgprealloc import sizes
 from imgprealloc.cli import working
@@ -26,6 +27,7 @@ from imgprealloc.preallocator import Preallocator
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
 _COLUMNS = (
     "instance",
+    "name",
     "path",
     "format",
     "virtual_size",
@@ -51,6 +53,7 @@ _SHORT_COLUMNS = {
     "in use": "in_use",
 }
 _LONG_COLUMNS = (
+    "name",
     "path",
     "format",
     "virtual_size",
@@ -112,7 +115,16 @@ class Disks(working.Working, lister.Lister):
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-        return tuple(columns), [tuple(cell(outcome, column) for column in columns.values()) for outcome in outcomes]
+        return tuple(columns), [
+            tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes
+        ]
+
+    def _cell(self, outcome: Outcome, column: str) -> Any:
+        if column != "name":
+            return cell(outcome, column)
+        domain = self.domains.get(outcome.instance or "")
+        # Whoever owns the instance may have called it anything.
+        return exceptions.on_one_line(domain.name) if domain is not None and domain.name is not None else None
 
 
 class Paced(Disks):

@@ -17,10 +17,12 @@ from typing import Optional
 from cliff import command
 from oslo_config import cfg
 
+from imgprealloc import domains
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import instances
 from imgprealloc import mounts
+from imgprealloc import record
 from imgprealloc.cli import abreast
 from imgprealloc.cli import signals
 from imgprealloc.image import DiskImage
@@ -82,10 +84,17 @@ class Working(command.Command):
         parser.add_argument(
             "--disk-format",
             choices=sorted(FORMATS),
-            help="the disk's format; else what Nova's disk.info beside it says, else a guess by its first bytes, "
-            "under which no byte of it is changed",
+            help="the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, "
+            "else a guess by its first bytes, under which no byte of it is changed",
         )
         return parser
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        """Work, while what libvirt has on record counts as Nova's own record does; return the exit status."""
+        self.domains = domains.known()
+        formats = {path: format for domain in self.domains.values() for path, format in domain.formats.items()}
+        with record.also_told(formats):
+            return int(super().run(parsed_args))
 
     def named(self, paths: Sequence[str]) -> list[str]:
         """List the disks that paths name: files, and folders with disks, or with instances, in them.

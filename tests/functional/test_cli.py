@@ -50,6 +50,7 @@ def test_what_is_shown_of_an_overlay_is_what_qemu_and_the_filesystem_have(
     assert found.pop("shortfall") > 31 * MiB
     assert found == {
         "instance": None,
+        "name": None,
         "path": "disk",
         "format": "qcow2",
         "virtual_size": 32 * MiB,

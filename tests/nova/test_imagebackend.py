@@ -301,7 +301,7 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
     image = made.spawn(small_base, units.Gi, image_type="raw")
     compute_host.write_qcow2_to(image.path, with_data=False)
     if arriving_as is not None:
-        monkeypatch.setitem(record._source_host, (os.path.basename(os.path.dirname(image.path)), "disk"), arriving_as)
+        monkeypatch.setitem(record._told, (os.path.basename(os.path.dirname(image.path)), "disk"), arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
 
     with contextlib.suppress(processutils.ProcessExecutionError):

@@ -12,6 +12,7 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import fixtures
 from oslo_utils import units
@@ -20,6 +21,7 @@ import pytest
 
 from imgprealloc import check_nova
 from imgprealloc import cli
+from imgprealloc import domains
 from imgprealloc import instances
 from imgprealloc import sizes
 from imgprealloc.cli import abreast
@@ -35,6 +37,7 @@ Run = Callable[..., Any]
 # As design and documentation promise them to scripts.
 KEYS = [
     "instance",
+    "name",
     "path",
     "format",
     "virtual_size",
@@ -95,6 +98,7 @@ def test_show_gives_scripts_plain_bytes_and_counts(host: Host, run: Run) -> None
 
     assert {key: shown[key] for key in KEYS if key not in ("allocated_size", "shortfall")} == {
         "instance": None,
+        "name": None,
         "path": disk,
         "format": "qcow2",
         "virtual_size": SIZE,
@@ -155,6 +159,156 @@ def test_disk_is_told_with_its_instance(host: Host, run: Run) -> None:
     (shown,) = json.loads(run("show", "-f", "json", disk).out)
 
     assert (shown["instance"], shown["path"]) == (INSTANCE, disk)
+
+
+LIBVIRT_XML = """<domain type='kvm'>
+  <name>instance-00000001</name>
+  <uuid>{uuid}</uuid>
+  <metadata>
+    <nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1">
+      <nova:name>{name}</nova:name>
+      <nova:flavor name="m1.small"/>
+    </nova:instance>
+  </metadata>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='{format}' cache='none'/>
+      <source file='{disk}' index='1'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='/var/lib/nova/mnt/0d7a/volume-1'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <driver name='qemu' type='raw'/>
+      <source file='{disk}.config'/>
+    </disk>
+    <disk type='network' device='disk'><driver name='qemu' type='raw'/></disk>
+  </devices>
+</domain>
+"""
+
+
+@pytest.fixture
+def libvirt(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Give a folder in which libvirt has its records, of instances that run and of all."""
+    for name in ("run", "etc"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(domains, "_FOLDERS", (str(tmp_path / "run"), str(tmp_path / "etc")))
+    return tmp_path
+
+
+def note_domain(file: pathlib.Path, disk: str, *, name: str = "web1", format: str = "raw", uuid: str = INSTANCE) -> str:
+    """Write what libvirt does; return it."""
+    said = LIBVIRT_XML.format(uuid=uuid, name=name, format=format, disk=disk)
+    file.write_text(said if file.parent.name == "etc" else f"<domstatus state='running'>{said}</domstatus>")
+    return said
+
+
+@pytest.mark.parametrize("where", ["run", "etc"])
+def test_disk_is_told_with_the_name_of_its_instance(host: Host, run: Run, libvirt: pathlib.Path, where: str) -> None:
+    disk = os.path.join(instance_with(host, "disk", "disk.swap"), "disk")
+    note_domain(libvirt / where / "instance-00000001.xml", disk, name="web 1\x7f\u202e")
+
+    rows = json.loads(run("show", "-f", "json", host.folder).out)
+
+    assert [row["name"] for row in rows] == ["web 1\\x7f\\u202e"] * 2
+    assert "web 1" in run("show", "--long", host.folder).out
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_disk_of_which_nova_has_no_record_is_what_libvirt_has_on_record(
+    host: Host, run: Run, libvirt: pathlib.Path, format: str
+) -> None:
+    folder = os.path.dirname(host.path(os.path.join(INSTANCE, "disk")))
+    os.mkdir(folder)
+    disk = host.qcow2(name=os.path.join(INSTANCE, "disk"), mapped=0.5)
+    # By another path, as from within a container.
+    note_domain(libvirt / "etc" / "instance-00000001.xml", f"/var/lib/nova/instances/{INSTANCE}/disk", format=format)
+
+    shown = run("allocate", "--rewrite", "-f", "value", "-c", "format", "-c", "state", disk)
+
+    assert (shown.status, shown.out) == (0, f"{format} preallocated\n")
+    assert host.run("info") == []
+
+
+def test_nova_s_word_that_a_disk_is_raw_weighs_more_than_libvirt_s(host: Host, run: Run, libvirt: pathlib.Path) -> None:
+    os.mkdir(host.path(INSTANCE))
+    disk = host.qcow2(name=os.path.join(INSTANCE, "disk"), mapped=0.5)
+    note_domain(libvirt / "etc" / "instance-00000001.xml", disk, format="qcow2")
+    with open(os.path.join(host.path(INSTANCE), "disk.info"), "w") as file:
+        json.dump({disk: "raw"}, file)
+
+    assert run("show", "-f", "value", "-c", "format", disk).out == "raw\n"
+
+
+def test_what_libvirt_says_of_one_that_runs_counts_before_what_it_has_on_file(
+    host: Host, run: Run, libvirt: pathlib.Path
+) -> None:
+    disk = os.path.join(instance_with(host, "disk"), "disk")
+    note_domain(libvirt / "run" / "instance-00000001.xml", disk, name="now")
+    note_domain(libvirt / "etc" / "instance-00000001.xml", disk, name="before")
+
+    assert run("show", "-f", "value", "-c", "name", disk).out == "now\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<domain", b"<domain/>", b"<pool><uuid>x</uuid></pool>", b"\xff" * 100, b" " * (2 << 20), None],
+    ids=["empty", "cut off", "nobody's", "a pool", "no text", "too long", "a FIFO"],
+)
+def test_record_of_libvirt_s_that_cannot_be_read_keeps_nobody_from_the_rest(
+    host: Host, run: Run, libvirt: pathlib.Path, content: bytes | None
+) -> None:
+    disk = os.path.join(instance_with(host, "disk"), "disk")
+    odd = libvirt / "etc" / "a.xml"
+    if content is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(content)
+    note_domain(libvirt / "etc" / "b.xml", disk)
+
+    assert run("show", "-f", "value", "-c", "name", disk).out == "web1\n"
+
+
+def test_volumes_and_config_drives_are_not_taken_from_libvirt_s_record(libvirt: pathlib.Path) -> None:
+    note_domain(libvirt / "etc" / "a.xml", f"/instances/{INSTANCE}/disk")
+
+    assert domains.known()[INSTANCE].formats == {f"/instances/{INSTANCE}/disk": "raw"}
+
+
+@pytest.mark.parametrize("verb", ["show", "allocate", "check", "metrics"])
+def test_empty_file_of_which_nobody_says_what_it_is_is_no_preallocated_disk(host: Host, run: Run, verb: str) -> None:
+    disk = host.raw(0)
+
+    told = run(verb, disk)
+
+    assert told.status == (3 if verb == "check" else 1)
+    assert f"{disk}: the file is empty, and nobody's word tells its format" in told.err
+    assert "preallocated |" not in told.out
+
+
+def test_empty_file_that_is_said_to_be_raw_is_a_disk_of_no_size(host: Host, run: Run) -> None:
+    disk = host.raw(0)
+
+    assert run("show", "--disk-format", "raw", "-f", "value", "-c", "state", disk).out == "preallocated\n"
+    note_format(host, {disk: "raw"})
+    assert run("show", "-f", "value", "-c", "state", disk).out == "preallocated\n"
+
+
+@pytest.mark.parametrize("verb", [["allocate"], ["allocate", "--rewrite"], ["show"]], ids=" ".join)
+def test_base_that_is_missing_is_told_with_the_disk_s_name(host: Host, run: Run, verb: list[str]) -> None:
+    disk = host.overlay()
+    os.unlink(host.path("base"))
+
+    told = run(*verb, "--disk-format", "qcow2", disk)
+
+    assert f"{disk}: its backing file {host.path('base')} is not there" in told.err
+    assert told.status == (0 if verb == ["show"] else 1)
+
+
+def test_base_that_is_there_is_not_told_of(host: Host, run: Run) -> None:
+    assert run("show", "--disk-format", "qcow2", host.overlay()).err == ""
 
 
 def test_table_fits_80_characters_and_ends_with_a_sum(host: Host, run: Run) -> None:
@@ -356,6 +510,107 @@ def test_show_does_not_take_somebody_s_file_for_what_a_crash_has_left(host: Host
     leave(host, ".disk.imgprealloc", 0o600)
 
     assert run("show", host.raw()).err == ""
+
+
+@pytest.mark.parametrize(
+    ("states", "shown"),
+    [(["thin"], ["thin"]), (["error"], ["missing"]), (["preallocated", "thin"], ["disk", "thin"]), (["mapped"], [])],
+    ids=str,
+)
+def test_disks_in_one_state_are_shown_alone_and_all_are_looked_at(
+    host: Host, run: Run, states: list[str], shown: list[str]
+) -> None:
+    paths = [host.raw(held=SIZE), host.raw(name="thin"), host.path("missing")]
+
+    told = run("show", *(f"--state={state}" for state in states), "-f", "value", "-c", "path", *paths)
+
+    assert [os.path.basename(path) for path in told.out.split()] == shown
+    assert told.status == 1
+    assert host.path("missing") in told.err
+
+
+@pytest.mark.parametrize("column", ["size", "disk", "shortfall", "in use", "instance", "state"])
+def test_table_is_sorted_by_each_of_its_columns_also_where_disks_have_nothing_in_it(
+    host: Host, run: Run, column: str
+) -> None:
+    paths = [host.raw(name="b"), host.path("missing"), host.raw(2 * SIZE, name="a", held=SIZE // 2)]
+
+    told = run("show", "--sort-column", column, *paths)
+
+    assert "unsortable" not in told.err
+    if column in ("size", "disk", "shortfall"):
+        shown = [line.split()[3] for line in told.out.splitlines()[3:6]]
+        expected = ["a", "b", "missing"] if column == "disk" else ["b", "a", "missing"]
+        assert [os.path.basename(path) for path in shown] == expected
+
+
+# show --layout
+
+
+def test_layout_is_drawn_beside_the_look(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "disk.svg"
+
+    told = run("show", "--layout", "-f", "value", "-c", "state", host.qcow2(), "-o", str(target))
+
+    assert (told.status, told.out) == (0, "thin\n")
+    drawn = ElementTree.parse(target).getroot()
+    assert {"offset in the file", f"qcow2, thin; {disks.Size(SIZE).human_readable()}, in 0 pieces"} <= {
+        text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--layout", "disk"], "--layout and its file"),
+        (["-o", "disk.svg", "disk"], "--layout and its file"),
+        (["--layout", "-o", "disk.svg", "disk", "other"], "draws one disk, and 2 are meant"),
+    ],
+    ids=" ".join,
+)
+def test_layout_of_no_file_or_of_several_disks_is_2_and_draws_nothing(
+    host: Host, run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    host.raw()
+    host.raw(name="other")
+    monkeypatch.chdir(host.folder)
+
+    told = run("show", *argv)
+
+    assert (told.status, host.files) == (2, ["disk", "other"])
+    assert said in told.err
+
+
+def test_layout_of_a_folder_with_one_disk_is_that_disk_s(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    folder = instance_with(host, "disk")
+
+    assert run("show", "--layout", "--disk-format", "raw", "-o", str(tmp_path / "new.svg"), folder).status == 0
+    assert (tmp_path / "new.svg").exists()
+
+
+def test_picture_does_not_take_a_disk_s_place(host: Host, run: Run) -> None:
+    disk = host.qcow2()
+    before = host.content(disk)
+
+    told = run("show", "--layout", disk, "-o", disk)
+
+    assert told.status == 1
+    assert f"{disk}: what is there does not begin with <svg" in told.err
+    assert (host.content(disk), host.files) == (before, ["disk"])
+
+
+def test_picture_that_cannot_be_written_is_an_error(host: Host, run: Run) -> None:
+    told = run("show", "--layout", host.raw(), "-o", "/nowhere/disk.svg")
+
+    assert told.status == 1
+    assert "/nowhere/disk.svg: No such file or directory" in told.err
+
+
+def test_disk_that_cannot_be_read_is_not_drawn(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
+    told = run("show", "--layout", host.path("missing"), "-o", str(tmp_path / "disk.svg"))
+
+    assert (told.status, told.err.count("\n")) == (1, 1)
+    assert not (tmp_path / "disk.svg").exists()
 
 
 # check

@@ -22,7 +22,7 @@ MODULES = {
 # The house: each module stands on those below it, and knows of nothing above.
 FLOORS = (
     {"image", "exceptions", "log", "presence", "progress", "pace", "native_thread", "rounds", "instances", "sizes"},
-    {"os_errors", "settings"},
+    {"os_errors", "settings", "layout", "domains"},
     {"command", "plan"},
     {"qemu_img", "fallocate", "qcow2_header"},
     {"subclusters", "cluster_map", "refcounts", "worst_case"},
@@ -33,16 +33,17 @@ FLOORS = (
     {"punching"},
     {"promise", "reading", "replacement", "storage"},
     {"backing", "format", "glance"},
+    {"placement"},
     {"raw", "qcow2", "record"},
     {"preallocator"},
     {"looks"},
     {"healing", "refilling", "opts", "seams"},
     {"nova", "extra_specs"},
     {"check_nova"},
-    {"cli.abreast", "cli.signals", "cli.progress_bar"},
+    {"cli.abreast", "cli.signals", "cli.progress_bar", "cli.new_file"},
     {"cli.working"},
     {"cli.disks", "cli.request"},
-    {"cli.plans"},
+    {"cli.plans", "cli.picture"},
     {"cli.allocate", "cli.check", "cli.metrics", "cli.check_nova", "cli.create", "cli.resize", "cli.show", "cli.thin"},
     {"cli"},
     {"cli.__main__"},
@@ -134,8 +135,10 @@ def test_one_module_writes_into_a_disk() -> None:
     assert users("os.pwrite", "os.write", "os.pwritev", "os.sendfile") == {"zeros"}
 
 
-def test_one_module_removes_disks_and_one_our_own_files() -> None:
-    assert users("os.unlink", "os.remove", "os.rename", "os.replace", "shutil.rmtree") == {"presence", "replacement"}
+def test_one_module_removes_disks_one_our_own_files_and_one_puts_in_place_what_the_command_writes() -> None:
+    removers = users("os.unlink", "os.remove", "os.rename", "os.replace", "shutil.rmtree")
+
+    assert removers == {"presence", "replacement", "cli.new_file"}
 
 
 def test_no_module_takes_a_look_that_fails_for_a_disk_that_is_not_there() -> None:

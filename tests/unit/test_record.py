@@ -348,7 +348,7 @@ def test_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -> No
     # instances_path is another there.
     elsewhere = f"/srv/nova/{os.path.basename(host.folder)}/disk"
 
-    with record.told_by_source_host({elsewhere: "raw"}):
+    with record.also_told({elsewhere: "raw"}):
         assert record.source_host_says(path) == "raw"
         assert record.note(path) == said("raw")
         assert word(path) == Word("raw", "disk.info")
@@ -360,14 +360,14 @@ def test_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -> No
 def test_source_host_s_word_is_forgotten_after_an_error_too(host: Host) -> None:
     path = host.qcow2()
 
-    with pytest.raises(ZeroDivisionError), record.told_by_source_host({path: "raw"}):
+    with pytest.raises(ZeroDivisionError), record.also_told({path: "raw"}):
         raise ZeroDivisionError
 
     assert record.source_host_says(path) is None
 
 
 def test_another_instance_s_disk_of_the_same_name_is_another(host: Host) -> None:
-    with record.told_by_source_host({"/srv/nova/other/disk": "raw"}):
+    with record.also_told({"/srv/nova/other/disk": "raw"}):
         assert record.note(host.qcow2()) == NOTHING
 
 
@@ -382,7 +382,7 @@ def test_source_host_and_the_record_have_to_agree_unless_one_says_raw(
     path = host.qcow2()
     note(host, {path: noted})
 
-    with record.told_by_source_host({path: told}):
+    with record.also_told({path: told}):
         assert record.note(path) == found
 
 
