@@ -106,7 +106,7 @@ def _short(value: object) -> str:
 def promise() -> Picture:
     """Draw what stock Nova's preallocation leaves out."""
     picture = Picture(330, "Stock Nova's preallocated overlay, and imgprealloc's")
-    left, right, width = 110, 465, 240
+    left, right, width = 124, 478, 240
     for x, head, sub in (
         (left, "stock Nova", "fallocate of the virtual size"),
         (right, "imgprealloc", "qemu-img preallocates"),
@@ -114,7 +114,7 @@ def promise() -> Picture:
         picture.text(x, 24, head, size=16, bold=True)
         picture.text(x, 42, sub, colour=_GREY)
     for y, name in ((78, "the guest's disk"), (138, "cluster map"), (208, "the file"), (296, "all is full:")):
-        picture.text(100, y, name, anchor="end")
+        picture.text(left - 10, y, name, anchor="end")
     picture.cells(left, 60, width, 26, [_NOTHING] * 12)
     picture.cells(right, 60, width, 26, [_NOTHING] * 12)
     picture.cells(left, 120, width, 26, [_NOTHING] * 12, _GREY)
@@ -133,7 +133,7 @@ def promise() -> Picture:
     picture.text(left, 307, "and Nova says ACTIVE", colour=_SHORT)
     picture.text(right, 290, "every write of the guest succeeds;", colour=_OURS)
     picture.text(right, 307, "the next build fails instead", colour=_OURS)
-    picture.line(438, 14, 438, 316, "#cccccc")
+    picture.line(450, 14, 450, 316, "#cccccc")
     return picture
 
 
@@ -213,13 +213,17 @@ def subclusters() -> Picture:
 def treatments() -> Picture:
     """Draw which treatment a disk gets."""
     picture = Picture(468, "The treatment that a disk gets")
+    beside, also = "beside it, preallocated,", "also while the guest runs"
     rows: Sequence[tuple[Sequence[str], Sequence[str]]] = (
         (["Is it preallocated already?"], ["nothing is run beyond the look"]),
-        (["Is it raw?"], ["unshare what is shared, fallocate the holes", "(mode full: write zeros where none are written)"]),
-        (["Is every cluster mapped,", "but the file has holes?"], ["fallocate over its length,", "also while the guest runs"]),
-        (["Is nothing in it yet,", "and may it be replaced?"], ["qemu-img create beside it, preallocated,", "then rename over it"]),
-        (["There is data in it.", "May it be rewritten?"], ["qemu-img convert beside it, preallocated,", "then rename over it"]),
-    )  # fmt: skip
+        (
+            ["Is it raw?"],
+            ["unshare what is shared, fallocate the holes", "(mode full: write zeros where none are written)"],
+        ),
+        (["Is every cluster mapped,", "but the file has holes?"], ["fallocate over its length,", also]),
+        (["Is nothing in it yet,", "and may it be replaced?"], [f"qemu-img create {beside}", "then rename over it"]),
+        (["There is data in it.", "May it be rewritten?"], [f"qemu-img convert {beside}", "then rename over it"]),
+    )
     for number, (question, answer) in enumerate(rows):
         y = 16 + number * 78
         picture.label(40, y, 240, 50, question, _NOVAS)
@@ -230,7 +234,7 @@ def treatments() -> Picture:
         picture.text(170, y + 68, "no", colour=_GREY)
     picture.label(40, 406, 240, 50, ["reserve, in the same file:"], _PALE)
     picture.text(296, 427, "fallocate up to the most that it can grow to,", size=13)
-    picture.text(296, 444, "also while the guest runs", size=13)
+    picture.text(296, 444, also, size=13)
     return picture
 
 

@@ -93,7 +93,7 @@ class Reader:
 
 def _shape(line: str) -> str:
     """Leave out what differs from host to host: numbers, their units, and the width of columns."""
-    line = re.sub(r"\b\d+(?:\.\d+)?(?: (?:bytes|[KMGT]iB))?(?![-\w])", "N", line)
+    line = re.sub(r"\b\d+(?:\.\d+)?(?:B| (?:bytes|[KMGT]iB))?(?![-\w])", "N", line)
     return re.sub(r"-{2,}", "--", " ".join(line.split()))
 
 

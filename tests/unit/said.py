@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 import dataclasses
+import functools
 import inspect
 import pathlib
 from typing import Optional, Union
@@ -105,9 +106,14 @@ class _Source:
         return [GAP]
 
 
-def everything() -> Iterator[Said]:
+@functools.lru_cache
+def everything() -> tuple[Said, ...]:
     """List all that is said of faults, also where a function is told the reason by its callers."""
     sources = [_Source.read(path) for path in sorted(PACKAGE.rglob("*.py"))]
+    return tuple(dict.fromkeys(_said(sources)))
+
+
+def _said(sources: list[_Source]) -> Iterator[Said]:
     for source in sources:
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Call):

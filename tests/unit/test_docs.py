@@ -12,7 +12,6 @@ import importlib.util
 import pathlib
 import re
 import shlex
-from types import ModuleType
 from typing import Any
 
 from cliff import command as cliff_command
@@ -22,6 +21,7 @@ import pytest
 import rst_blocks
 import yaml
 
+import imgprealloc
 from imgprealloc import cli
 from imgprealloc import opts
 from imgprealloc.cli import metrics
@@ -35,7 +35,7 @@ _TROUBLESHOOTING = (_SOURCE / "troubleshooting.rst").read_text()
 
 _TERM = re.compile("(``[^`]+``(, )?)+")
 
-_IDS = {"ids": lambda page: str(page.name)}
+_EACH_PAGE = pytest.mark.parametrize("page", rst_blocks.PAGES, ids=lambda page: str(page.name))
 
 
 # Troubleshooting
@@ -58,7 +58,7 @@ def _matches(term: str, text: str) -> bool:
     return bool(re.fullmatch(re.sub(r"\b[A-Z]{1,}S?\b", ".+", gaps), text))
 
 
-@pytest.mark.parametrize("fault", sorted(set(said.everything()), key=lambda fault: fault.place), ids=lambda f: f.place)
+@pytest.mark.parametrize("fault", said.everything(), ids=lambda f: f.place)
 def test_each_fault_that_is_told_is_explained(fault: said.Said) -> None:
     assert any(_matches(term, fault.text) for term in _terms()), fault.text.replace(said.GAP, "...")
 
@@ -85,7 +85,7 @@ def test_texts_are_explained_in_the_section_of_their_error(error: str) -> None:
 
 @pytest.mark.parametrize("subject", sorted(said.subjects_of_check_nova()))
 def test_each_row_of_check_nova_is_explained(subject: str) -> None:
-    assert re.search(rf"^``{re.escape(subject)}``  ", _TROUBLESHOOTING, re.MULTILINE)
+    assert re.search(rf"^``{re.escape(subject)}`` +[A-Z]", _TROUBLESHOOTING, re.MULTILINE)
 
 
 def test_finder_of_faults_finds_those_that_are_put_together() -> None:
@@ -193,9 +193,8 @@ def test_command_has_the_form_of_one(command: rst_blocks.Command) -> None:
 
     assert command.typed.startswith(NOT_RUN) or words[0] in ("imgprealloc", "sudo", "truncate", "qemu-io")
     ours = [number for number, word in enumerate(words) if word.rpartition("/")[2] == "imgprealloc"]
-    for number in ours:
-        if "&&" not in words:
-            _parse(words[number + 1 :])
+    if ours and (words[ours[0]].endswith("/bin/imgprealloc") or words[0] in ("imgprealloc", "docker", "sudo")):
+        _parse(words[ours[0] + 1 :])
 
 
 def _parse(argv: list[str]) -> None:
@@ -215,19 +214,20 @@ def test_command_that_there_is_not_is_found(argv: list[str]) -> None:
         _parse(argv)
 
 
-@pytest.mark.parametrize("page", rst_blocks.PAGES, **_IDS)
+@_EACH_PAGE
 def test_commands_are_typed_at_a_prompt(page: pathlib.Path) -> None:
     """Or nobody would run them; what is called so in running text is in backquotes."""
     for block in rst_blocks.blocks(page, "console"):
         assert block.text.startswith(("# ", "$ ")), block.place
-    assert not re.search(r"^ +[#$]? ?imgprealloc [a-z]", _without_console(page), re.MULTILINE)
+    verbs = "|".join(name for name, _ in cli.Imgprealloc().command_manager)
+    assert not re.search(rf"^ +([#$] )?imgprealloc ({verbs})\b", _without_console(page), re.MULTILINE)
 
 
 def _without_console(page: pathlib.Path) -> str:
     return re.sub(r"\.\. code-block:: console\n\n(?:( +).*\n|\n)+", "", page.read_text())
 
 
-@pytest.mark.parametrize("page", rst_blocks.PAGES, **_IDS)
+@_EACH_PAGE
 def test_python_that_is_shown_can_be_read(page: pathlib.Path) -> None:
     for block in rst_blocks.blocks(page, "python"):
         compile(block.text, block.place, "exec")
@@ -252,6 +252,11 @@ def test_every_metric_is_explained() -> None:
     assert set(_first_cells("monitor.rst", "for Prometheus")) == names
 
 
+@pytest.mark.parametrize("name", imgprealloc.__all__)
+def test_every_public_name_is_in_the_api(name: str) -> None:
+    assert re.search(rf"^\.\. auto\w+:: {name}$", (_SOURCE / "api.rst").read_text(), re.MULTILINE)
+
+
 def test_every_state_is_explained() -> None:
     assert {"thin", "mapped", "reserved", "preallocated"} <= set(_first_cells("verify.rst", "States\n"))
 
@@ -259,7 +264,7 @@ def test_every_state_is_explained() -> None:
 # Pictures
 
 
-def _pictures() -> ModuleType:
+def _pictures() -> Any:
     spec = importlib.util.spec_from_file_location("pictures", _SOURCE.parent / "pictures.py")
     assert spec
     assert spec.loader
@@ -278,7 +283,7 @@ def test_pictures_are_those_that_the_program_draws() -> None:
     assert drawn == {path.name: path.read_text() for path in (_SOURCE / "pictures").iterdir()}
 
 
-@pytest.mark.parametrize("page", rst_blocks.PAGES, **_IDS)
+@_EACH_PAGE
 def test_pictures_that_are_shown_are_there(page: pathlib.Path) -> None:
     for name in re.findall(r"^\.\. image:: (\S+)", page.read_text(), re.MULTILINE):
         assert (page.parent / name).is_file(), name
