@@ -92,8 +92,9 @@ class _Source:
         return [GAP]
 
     def _named(self, name: ast.Name, within: frozenset[str]) -> list[str]:
-        """List what a variable may be: of the function that uses it, else of the module."""
-        for scope in (self.function(name), self.tree):
+        """List what a variable may be: given in the function that uses it, by its callers, or in the module."""
+        function = self.function(name)
+        for scope in (function, self.tree):
             given = [
                 assignment.value
                 for assignment in ast.walk(scope or ast.Pass())
@@ -103,51 +104,59 @@ class _Source:
             ]
             if given:
                 return [text for value in given for text in self.texts(value, within)]
+            if scope is function and function is not None:
+                parameters = [argument.arg for argument in function.args.args if argument.arg != "self"]
+                if name.id in parameters:
+                    return _told_by_callers(function.name, parameters.index(name.id), len(parameters), within)
         return [GAP]
+
+
+@functools.lru_cache
+def _sources() -> tuple[_Source, ...]:
+    return tuple(_Source.read(path) for path in sorted(PACKAGE.rglob("*.py")))
+
+
+def _told_by_callers(function: str, place: int, parameters: int, within: frozenset[str]) -> list[str]:
+    """List the sentences that a function is given as one of its arguments; of anything else that it differs."""
+    texts = [
+        text
+        for source in _sources()
+        for call in ast.walk(source.tree)
+        if isinstance(call, ast.Call) and _name(call) == function and place < len(call.args) <= parameters
+        for text in source.texts(call.args[place], within)
+    ]
+    return sorted({text if " " in text else GAP for text in texts}) or [GAP]
 
 
 @functools.lru_cache
 def everything() -> tuple[Said, ...]:
     """List all that is said of faults, also where a function is told the reason by its callers."""
-    sources = [_Source.read(path) for path in sorted(PACKAGE.rglob("*.py"))]
-    return tuple(dict.fromkeys(_said(sources)))
+    return tuple(dict.fromkeys(_said()))
 
 
-def _said(sources: list[_Source]) -> Iterator[Said]:
-    for source in sources:
+def _said() -> Iterator[Said]:
+    for source in _sources():
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Call):
-                yield from _said_by(source, node, sources)
+                yield from _said_by(source, node)
             elif isinstance(node, ast.Return) and node.value is not None:
                 function = source.function(node)
                 if function is not None and function.name in _REASONS:
                     yield from _each("reason", source, node.value)
 
 
-def _said_by(source: _Source, call: ast.Call, sources: list[_Source]) -> Iterator[Said]:
+def _said_by(source: _Source, call: ast.Call) -> Iterator[Said]:
     name = _name(call)
     if name in ERRORS and len(call.args) > 1:
-        yield from _reason(name, source, call.args[1], sources)
+        yield from _each(name, source, call.args[1])
     elif name == "warn_once" and len(call.args) == 3:
         yield from _each("warning", source, call.args[2])
     elif name in _LOGGED and isinstance(call.func, ast.Attribute) and call.args:
         if ast.unparse(call.func.value).endswith("LOG"):
             kind = "command" if "app" in ast.unparse(call.func.value) else "warning"
             yield from _each(kind, source, call.args[0])
-    elif name in ("_tell", "ArgumentTypeError"):
+    elif name in ("_tell", "ArgumentTypeError", "ValueError") and call.args:
         yield from _each("command", source, call.args[0])
-
-
-def _reason(kind: str, source: _Source, reason: ast.expr, sources: list[_Source]) -> Iterator[Said]:
-    function = source.function(reason)
-    names = [argument.arg for argument in function.args.args] if function else []
-    if function is None or not isinstance(reason, ast.Name) or reason.id not in names:
-        yield from _each(kind, source, reason)
-        return
-    for other in sources:
-        for call in ast.walk(other.tree):
-            if isinstance(call, ast.Call) and _name(call) == function.name and len(call.args) == len(names):
-                yield from _each(kind, other, call.args[names.index(reason.id)])
 
 
 def _each(kind: str, source: _Source, node: ast.expr) -> Iterator[Said]:
