@@ -70,10 +70,10 @@ class _Source:
             found = self.parents.get(found)
         return found
 
-    def texts(self, node: ast.expr, within: frozenset[str] = frozenset()) -> list[str]:
+    def texts(self, node: ast.expr, within: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
         """List what an expression may be, as far as it is written here.
 
-        :param within: the variables that it is the value of
+        :param within: the variables that it is the value of, each with its function
         """
         if isinstance(node, ast.Constant):
             return [node.value] if isinstance(node.value, str) else [GAP]
@@ -87,11 +87,13 @@ class _Source:
             return [left + right for left in self.texts(node.left, within) for right in self.texts(node.right, within)]
         if isinstance(node, ast.IfExp):
             return self.texts(node.body, within) + self.texts(node.orelse, within)
-        if isinstance(node, ast.Name) and node.id not in within:
-            return self._named(node, within | {node.id})
+        if isinstance(node, ast.Name):
+            function = self.function(node)
+            variable = (function.name if function else "", node.id)
+            return [GAP] if variable in within else self._named(node, within | {variable})
         return [GAP]
 
-    def _named(self, name: ast.Name, within: frozenset[str]) -> list[str]:
+    def _named(self, name: ast.Name, within: frozenset[tuple[str, str]]) -> list[str]:
         """List what a variable may be: given in the function that uses it, by its callers, or in the module."""
         function = self.function(name)
         for scope in (function, self.tree):
@@ -116,7 +118,7 @@ def _sources() -> tuple[_Source, ...]:
     return tuple(_Source.read(path) for path in sorted(PACKAGE.rglob("*.py")))
 
 
-def _told_by_callers(function: str, place: int, parameters: int, within: frozenset[str]) -> list[str]:
+def _told_by_callers(function: str, place: int, parameters: int, within: frozenset[tuple[str, str]]) -> list[str]:
     """List the sentences that a function is given as one of its arguments; of anything else that it differs."""
     texts = [
         text
