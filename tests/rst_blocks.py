@@ -11,10 +11,11 @@ import textwrap
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
+# Not a man page, which shows commands in a form of its own.
 PAGES = (
     REPOSITORY / "README.rst",
     REPOSITORY / "CONTRIBUTING.rst",
-    *sorted((REPOSITORY / "doc" / "source").rglob("*.rst")),
+    *sorted((REPOSITORY / "doc" / "source").glob("*.rst")),
 )
 
 _BLOCK = re.compile(

@@ -29,7 +29,7 @@ _STOCK = "0d7a2c1e-53b7-4e0c-9f52-3b1f0c6d9a11"
 _OURS = "5b1c7f42-8d0e-4a63-b1f5-2c9e7a40d386"
 
 # As the pages name them.
-_FOLDERS = ("/var/lib/nova", "/var/lib/node_exporter")
+_FOLDERS = ("/var/lib/nova", "/var/lib/prometheus/node-exporter")
 
 # What is run: the command, and what the pages do with QEMU's tools beside it.
 _RUN = ("imgprealloc ", "sudo -u nova imgprealloc ", "truncate ", "qemu-io ", "qemu-img ")
@@ -55,7 +55,7 @@ class Reader:
         instances = self._place("/var/lib/nova") / "instances"
         for folder in (self._work, scratch / "bin", scratch / ".nova", instances / "_base"):
             folder.mkdir(parents=True)
-        self._place("/var/lib/node_exporter").mkdir()
+        self._place("/var/lib/prometheus/node-exporter").mkdir(parents=True)
         (scratch / ".nova" / "nova.conf").write_text(f"[DEFAULT]\ninstances_path = {instances}\n")
         command = scratch / "bin" / "imgprealloc"
         command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m imgprealloc.cli "$@"\n')

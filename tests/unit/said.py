@@ -27,7 +27,7 @@ ERRORS = {
 }
 
 # Those whose strings say why something is not done to a disk.
-_REASONS = ("_obstacle", "_obstacle_in_header", "_lack_of_room", "_lack", "_cut_short", "_became")
+_REASONS = ("_obstacle", "_obstacle_in_header", "_lack_of_room", "_lack", "_cut_short", "_became", "why_left_out")
 
 _LOGGED = {"warning", "error", "exception"}
 
