@@ -20,6 +20,9 @@ OnUnsupported = Literal["metadata", "full", "error"]
 OverlaySubclusters = Literal["unallocated", "allocated", "copied"]
 KeepFree = Union[int, str]
 
+# KiB; qcow2 has no smaller clusters with subclusters, and no larger ones.
+_CLUSTER_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+
 
 def described(
     choices: Optional[Mapping[Any, str]], help: str, *, by_flavor: bool = False, for_existing: Any = None
@@ -104,7 +107,7 @@ when it grows.
     overlay_cluster_size: int = dataclasses.field(
         default=128 * units.Ki,
         metadata=described(
-            {16 * units.Ki << shift: "" for shift in range(8)},
+            {size * units.Ki: f"{size} KiB, with subclusters of {size * 32} bytes." for size in _CLUSTER_SIZES},
             """
 Cluster size, in bytes, of the overlays that are made.
 
