@@ -28,6 +28,9 @@ from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.layout import Layout
+from imgprealloc.pace import Pace
+from imgprealloc.plan import Plan
+from imgprealloc.plan import TreatmentName
 from imgprealloc.preallocator import Preallocator
 from imgprealloc.progress import Progress
 from imgprealloc.settings import Mode
@@ -58,6 +61,8 @@ __all__ = (
     "NotPreallocated",
     "OnUnsupported",
     "OverlaySubclusters",
+    "Pace",
+    "Plan",
     "PreallocationError",
     "Preallocator",
     "ProgramKilled",
@@ -65,6 +70,7 @@ __all__ = (
     "Progress",
     "QemuImgTooOld",
     "State",
+    "TreatmentName",
     "UnsupportedFilesystem",
     "UnsupportedFormat",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,13 +17,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 from oslo_concurrency import processutils
 from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import os_errors
+from imgprealloc import pace
 from imgprealloc import progress
 
 # Neither qemu-img nor fallocate(1) tells these two by its exit status, and
@@ -69,7 +70,7 @@ def run(
     work: int = 0,
     stdin: int | None = None,
     meanwhile: Callable[[], object] | None = None,
-    copied: int | None = None,
+    told: progress.Work | None = None,
 ) -> str:
     """Run a program that works on the disk at path, and return what it printed.
 
@@ -85,13 +86,14 @@ def run(
     :param stdin: an open file that the program gets as its standard input
     :param meanwhile: called once the program has been started, without a
         thread, which eventlet may never wake again
-    :param copied: bytes that it copies, and prints percents of
+    :param told: of which whoever asked for progress is told; None where nobody did
     :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
         meanwhile raises
     """
     raised: list[Exception] = []
     started: list[subprocess.Popen[bytes]] = []
-    seconds = WALL_TIME + work / SLOWEST
+    kept = pace.current() if work else None
+    seconds = WALL_TIME + work / (SLOWEST if kept is None else kept.slowest(SLOWEST))
 
     def begin(process: subprocess.Popen[bytes]) -> None:
         started.append(process)
@@ -102,7 +104,7 @@ def run(
             # Not before the program has ended.
             raised.append(exc)
         try:
-            _tell(process, printed, copied)
+            _tell(process, printed, told)
         except Exception as exc:
             # Whoever is told may end it.
             _end(process)
@@ -111,6 +113,9 @@ def run(
     # util-linux' prlimit, because oslo.concurrency's is a Python, which takes
     # longer to start than most looks at a disk.
     limited = [] if limits is None else ["prlimit", *limits.prlimit_args()]
+    if kept is not None and shutil.which("ionice") is not None:
+        # Where there is no such priority (-t), nobody's work fails for that.
+        limited = ["ionice", "-c", "3", "-t", *limited]
 
     with _Printed(stdin, is_limited=limits is not None) as printed:
         try:
@@ -137,20 +142,24 @@ def run(
             raise
         if raised:
             raise raised[0]
-        if copied is not None:
-            progress.tell(copied, copied)
+        if told is not None:
+            progress.tell(told.total, told.total)
         # Nothing comes through a pipe from a program that is really run.
         return str(piped) + printed.stdout
 
 
-def _tell(process: subprocess.Popen[bytes], printed: _Printed, copied: int | None) -> None:
-    """Say how far a program has come, until it ends; nothing where it copies nothing."""
-    if copied is None:
+def _tell(process: subprocess.Popen[bytes], printed: _Printed, told: progress.Work | None) -> None:
+    """Say how far a program has come, until it ends."""
+    if told is None:
         return
-    progress.tell(0, copied)
-    while process.poll() is None:
-        progress.tell_printed(printed.stdout_so_far, copied)
-        time.sleep(_BETWEEN_LOOKS)
+    progress.tell(0, told.total)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_BETWEEN_LOOKS)
+            return
+        done = told.done(printed.stdout_so_far)
+        if done is not None:
+            progress.tell(done, told.total)
 
 
 class _Printed:

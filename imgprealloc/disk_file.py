@@ -97,6 +97,14 @@ class DiskFile(Place):
             raise exceptions.ImageInUse(self.path, "it was replaced while it was looked at", "Try again.")
 
 
+def named(path: str | bytes | os.PathLike[str]) -> str:
+    """Return a caller's path as the text that all else has it as, bytes that are none (surrogateescape) included.
+
+    :raises: TypeError for what is no path
+    """
+    return os.fsdecode(path)
+
+
 def name_for_programs(fd: int) -> str:
     """Return the name by which a program that we start opens what we have open."""
     return f"/proc/{os.getpid()}/fd/{fd}"

@@ -81,7 +81,15 @@ class FileError(PreallocationError):
 
 
 class ImageInUse(PreallocationError):
-    """Another process has the image open, or is replacing it."""
+    """Another process has the image open, or is replacing it.
+
+    :param image: the DiskImage as it is, where all was done but what nobody may
+        have it open for
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str, image: Any = None) -> None:
+        super().__init__(path, reason, remedy)
+        self.image = image
 
 
 class UnsupportedFormat(PreallocationError):

@@ -29,9 +29,11 @@ from oslo_utils import units
 from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import native_thread
+from imgprealloc import progress
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
 _UNSHARE_RANGE = 0x40
 
 # linux/fiemap.h
@@ -50,6 +52,9 @@ _EXTENTS_A_CALL = 512
 _MOST_GAPS = 500
 # A command line ends at 2 MiB.
 _STRETCHES_A_CALL = 1000
+
+# After which it is told how far the copying has come.
+_UNSHARED_AT_ONCE = 256 * units.Mi
 
 # So small that it is done before a process of its own has started, which takes
 # 15 ms of a disk's 200: the holes that qemu-img leaves in its metadata.
@@ -156,7 +161,8 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     if length <= AT_ONCE:
         native_thread.run(_reserve, name, start, length)
         return
-    command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length)
+    told = progress.allocated(name, length)
+    command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length, told=told)
 
 
 def _reserve(name: str, start: int, length: int) -> None:
@@ -239,6 +245,7 @@ def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
     stretches = [f"{extent.start}:{extent.length}" for extent in shared]
     for first in range(0, len(stretches), _STRETCHES_A_CALL):
         batch = stretches[first : first + _STRETCHES_A_CALL]
+        length = sum(extent.length for extent in shared[first : first + _STRETCHES_A_CALL])
         command.run(
             path,
             sys.executable,
@@ -248,7 +255,8 @@ def unshare(path: str, name: str, shared: Sequence[Extent]) -> None:
             __name__,
             name,
             *batch,
-            work=sum(extent.length for extent in shared),
+            work=length,
+            told=progress.printed(length),
         )
 
 
@@ -260,17 +268,22 @@ def extents(name: str) -> Sequence[Extent] | None:
 
     :returns: None where the filesystem cannot tell (tmpfs, NFS)
     """
+    return native_thread.run(_extents, name)
+
+
+def _extents(name: str) -> ExtentMap | None:
+    with open(name, "rb") as file:
+        return extents_of(file.fileno())
+
+
+def extents_of(fd: int) -> ExtentMap | None:
+    """Return as extents() does what an open file has; whoever has a lease on it cannot open it once more."""
     try:
-        return native_thread.run(_extents, name)
+        return _fiemap(fd)
     except OSError as exc:
         if exc.errno in NOT_SUPPORTED:
             return None
         raise
-
-
-def _extents(name: str) -> ExtentMap:
-    with open(name, "rb") as file:
-        return _fiemap(file.fileno())
 
 
 def _fiemap(fd: int) -> ExtentMap:
@@ -361,11 +374,24 @@ def supported(fd: int, length: int) -> bool:
     return os.fstat(fd).st_blocks * 512 >= length
 
 
+def punch(fd: int, start: int, length: int) -> None:
+    """Give a stretch of an open file back to the filesystem; it reads as zeros then, and the file stays as long.
+
+    :raises: OSError
+    """
+    _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, start, length)
+
+
 def _unshare(name: str, *stretches: str) -> None:
+    pairs = [tuple(map(int, stretch.split(":"))) for stretch in stretches]
+    printer, done = progress.Printer(sum(length for _, length in pairs)), 0
     with open(name, "r+b") as file:
-        for stretch in stretches:
-            start, length = map(int, stretch.split(":"))
-            _fallocate(file.fileno(), _UNSHARE_RANGE, start, length)
+        for start, length in pairs:
+            for position in range(start, start + length, _UNSHARED_AT_ONCE):
+                piece = min(_UNSHARED_AT_ONCE, start + length - position)
+                _fallocate(file.fileno(), _UNSHARE_RANGE, position, piece)
+                done += piece
+                printer.tell(done)
 
 
 def _main(name: str, *stretches: str) -> int:

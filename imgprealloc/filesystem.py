@@ -15,6 +15,7 @@ from oslo_utils import units
 from imgprealloc import fallocate
 from imgprealloc import mounts
 from imgprealloc import native_thread
+from imgprealloc import sizes
 
 # What statfs(2) tells types apart by.
 _BTRFS = 0x9123683E
@@ -33,6 +34,10 @@ _REMOTE = frozenset({"9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre",
 # On these no file shares its extents with another, and no overwrite goes to a
 # new place. Not overlayfs, whose files may be on two filesystems.
 _PLAIN = frozenset({_EXT, _TMPFS})
+
+# What a filesystem may take for itself as disks take space: bytes at once, and one for so many.
+_BOOKS = 64 * units.Ki
+_BOOKED_PART = 1024
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_COMPR_FL = 0x00000004
@@ -179,6 +184,31 @@ def available(where: int | str) -> int:
     """
     space = native_thread.run(os.statvfs, where)
     return space.f_bavail * space.f_frsize
+
+
+def size(where: int | str) -> int:
+    """Return the bytes that the filesystem of a folder, or of what is open, has in all."""
+    space = native_thread.run(os.statvfs, where)
+    return space.f_blocks * space.f_frsize
+
+
+def room(where: int | str, keep_free: int | str) -> int:
+    """Return the bytes that disks may take where others are to keep some; less than 0 where they lack some already.
+
+    A part is for the filesystem's own books: an extent that is added may cost it
+    a block, and a file an inode.
+
+    :param keep_free: what stays available(); see sizes.part()
+    """
+    if not keeps(keep_free):
+        return available(where)
+    rest = available(where) - sizes.part(keep_free, size(where)) - _BOOKS
+    return rest - rest // _BOOKED_PART
+
+
+def keeps(keep_free: int | str) -> bool:
+    """Whether anything is to be kept free at all, of a filesystem with anything on it."""
+    return bool(sizes.part(keep_free, units.Ei))
 
 
 def available_to_us(where: int | str) -> int:

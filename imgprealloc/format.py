@@ -7,19 +7,22 @@ import abc
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import os
 from typing import ClassVar, Literal, Optional
 
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import log
+from imgprealloc import native_thread
+from imgprealloc import sizes
 from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.layout import Layout
+from imgprealloc.plan import TreatmentName
 from imgprealloc.promise import Promise
-from imgprealloc.promise import require_space
 from imgprealloc.replacement import NewFile
 from imgprealloc.settings import Mode
 from imgprealloc.settings import Settings
@@ -37,15 +40,34 @@ Existing = Literal["reserve", "recreate_blank", "rewrite", "just_made"]
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """What is to be done to a disk.
+    """What is to be done to a disk. Sizes are bytes.
 
-    :param replaces: whether the disk becomes another file, and is read as its
-        format says; else no byte of it changes
     :param apply: does it, and returns the disk as it is afterwards
+    :param state: what it is then
+    :param needed: what the filesystem has to have for it
+    :param freed: what it has again afterwards, of the file that was replaced
+    :param written: tells what is written or copied for it; for whoever asks,
+        because programs may have to be run for that
+    :param alone: whether nobody may have the disk open meanwhile
     """
 
-    replaces: bool
+    name: TreatmentName
+    promise: Promise
     apply: Callable[[], DiskImage]
+    state: State
+    needed: int
+    freed: int = 0
+    written: Callable[[], int] = lambda: 0
+    alone: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the disk becomes another file, and is read as its format says; else no byte of it changes."""
+        return self.name in ("recreate", "rewrite")
+
+    def where(self, file: DiskFile) -> int:
+        """Return what is open, of a disk and its folder, on the filesystem that is to give the space."""
+        return file.folder_fd if self.replaces else file.fd
 
 
 # replacement's new() or replacing(), but for the judge of the new file.
@@ -116,6 +138,14 @@ class Format(abc.ABC):
         """Grow a disk, the new part preallocated."""
 
     @abc.abstractmethod
+    def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        """Copy a disk into a thin one, which takes its place.
+
+        :param promise: of nothing but the filesystem's options
+        :raises: UnsupportedFormat where a copy would lose something
+        """
+
+    @abc.abstractmethod
     def recover(self, file: DiskFile) -> None:
         """Mend what a growth that failed half way has left, if it has left something that could cost data later."""
 
@@ -129,10 +159,12 @@ class Format(abc.ABC):
         write: Callable[[NewFile], object],
         *,
         quickly: bool = False,
+        thin: bool = False,
     ) -> DiskImage:
         """Have a new file written, read it, and let it become the disk if it is what was asked for and promised.
 
         :param quickly: whether a glance that finds it preallocated is enough
+        :param thin: whether nothing was promised
         :raises: BrokenImage, NotPreallocated
         """
         found: list[DiskImage] = []
@@ -143,31 +175,41 @@ class Format(abc.ABC):
             except exceptions.FormatMismatch as exc:
                 raise not_as_asked(new.path, f"a disk in the format {self.name}", "none") from exc
             _refuse_other_than_asked(image, asked)
-            found.append(self.kept(image, promise, promise.states))
+            found.append(image if thin else self.kept(image, promise, promise.states))
 
         with place_for(judge) as new:
             write(new)
         return found[0]
 
-    def hold(
+    def holding(
         self,
+        name: TreatmentName,
         file: DiskFile,
         image: DiskImage,
-        length: int,
         promise: Promise,
         states: tuple[State, ...],
         *,
         written: bool = False,
-    ) -> DiskImage:
-        """Set aside the space of a disk up to length, where it is, and take back what it shares.
+    ) -> Treatment:
+        """Return the treatment that sets aside all that a disk may ask for, where it is, and takes back what it shares.
 
         No byte changes, so that a guest may have it open meanwhile.
 
         :param written: whether what was never written is to be written too,
             for which no guest may have it open
         """
-        set_space_aside(file, image, length, promise, written=written)
-        return self.kept(self.read(file), promise, states)
+        # What fill() does where there is no other way.
+        alone = written or (promise.mode == "full" and not promise.holds_space)
+
+        def apply() -> DiskImage:
+            set_space_aside(file, image, image.worst_case_size, promise, written=written)
+            return self.kept(self.read(file), promise, states)
+
+        def count() -> int:
+            return image.shared_bytes + (native_thread.run(zeros.unwritten, file.fd) if alone else 0)
+
+        needed = image.shortfall + promise.rounding
+        return Treatment(name, promise, apply, states[0], needed, written=count, alone=alone)
 
     def kept(self, image: DiskImage, promise: Promise, states: tuple[State, ...]) -> DiskImage:
         """Compare a disk as it has just been read with what was promised.
@@ -177,7 +219,7 @@ class Format(abc.ABC):
         """
         if image.state in states or self.is_done(image, promise.mode):
             return image
-        short = f"mode {promise.mode} left it {image.state}, {image.shortfall} bytes short"
+        short = f"mode {promise.mode} left it {image.state}, {sizes.exact(image.shortfall)} short"
         if promise.holds_space:
             raise exceptions.NotPreallocated(
                 image.path, short, "The filesystem does not keep what it promises; see imgprealloc show.", image
@@ -187,12 +229,13 @@ class Format(abc.ABC):
 
 
 def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Promise, *, written: bool = False) -> None:
-    """Set aside the space of a disk up to length, and take back what it shares; as for Format.hold()."""
-    require_space(file, image.shortfall, file.fd)
+    """Set aside the space of a disk up to length, and take back what it shares; as for Format.holding()."""
+    promise.require_space(file, image.shortfall, file.fd)
     shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
-    if written:
+    # Whoever has it open keeps us from writing, and not from setting aside.
+    if written and not image.in_use:
         zeros.write(file.path, file.fd)
     fill(file, length, promise)
 
@@ -204,6 +247,17 @@ def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
     elif promise.mode == "full":
         zeros.write(file.path, file.fd)
+
+
+def given_back(file: DiskFile, shared_bytes: int = 0) -> int:
+    """Return the bytes that the filesystem has again once a disk's file is gone."""
+    return os.fstat(file.fd).st_blocks * 512 - shared_bytes
+
+
+def write_out(file: DiskFile, promise: Promise, start: int = 0) -> None:
+    """Write from start on what qemu-img was only told to set aside, where that is not what was promised."""
+    if promise.of_qemu != promise.mode:
+        zeros.write(file.path, file.fd, start=start)
 
 
 def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:

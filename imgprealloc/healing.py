@@ -51,7 +51,7 @@ def preallocate_new(
     :raises: PreallocationError
     """
     with turn:
-        looks.remember(strategy.preallocate(path, "just_made", format=format))
+        looks.remember(strategy.preallocate(path, "just_made", format=format, write_held=False))
 
 
 def heal(
@@ -101,12 +101,12 @@ def heal(
         # What was waited for may have taken long; the disk is opened afterwards.
         with turn, fallocate.filling_by(None if is_ours else filler):
             try:
-                after = strategy.preallocate(path, existing, format=format, known=known)
+                after = strategy.preallocate(path, existing, format=format, known=known, write_held=False)
             except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
                 if existing == "reserve":
                     raise
                 log.warn_once("not replaced", path, f"not made anew: {exc}")
-                after = strategy.preallocate(path, "reserve", format=format, known=known)
+                after = strategy.preallocate(path, "reserve", format=format, known=known, write_held=False)
         looks.remember(after)
     except exceptions.NoSpace as exc:
         if would_lack_space_in_stock_nova(path, stock_length):

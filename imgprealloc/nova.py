@@ -71,6 +71,10 @@ _base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
 # By their ids: whose disks are being made here for QEMU's mirror to overwrite.
 _expected: set[str] = set()
 
+# The instances whose migration to here, or resize, is being finished, by their ids, which name the folders that
+# their disks are in.
+_arriving: dict[str, Any] = {}
+
 # The disks that have been looked after for a start that is under way, as they
 # were then. A start that fails leaves its own behind.
 _MOST_LOOKED_AFTER = 10_000
@@ -112,8 +116,6 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         super().__init__(virtapi, read_only)
         self.image_backend.BACKEND = preallocating(self.image_backend.BACKEND)
-        # By their ids, which name the folders that their disks are in.
-        self._arriving: dict[str, Any] = {}
         self._rounds: rounds.Rounds[tuple[Any, Any]] | None = None
 
     def init_host(self, host: str) -> None:
@@ -147,18 +149,18 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     ) -> None:
         """Remember what the disks are, and whose, while Nova looks after them and converts the raw ones."""
         formats = {info["path"]: info["type"] for info in json.loads(disk_info)} if is_on() else {}
-        self._arriving[instance.uuid] = instance
+        _arriving[instance.uuid] = instance
         try:
             with record.also_told(formats):
                 super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
         finally:
-            del self._arriving[instance.uuid]
+            del _arriving[instance.uuid]
 
     def _disk_raw_to_qcow2(self, path: str) -> None:
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
-            instance = self._arriving.get(os.path.basename(os.path.dirname(path)))
+            instance = _arriving.get(os.path.basename(os.path.dirname(path)))
             # Nova's own record stays at raw; it has just been converted by itself.
             _heal(path, "qcow2", instance, existing=_existing_disks())
 
@@ -262,7 +264,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         # Asked in any case, because the note is for this one start.
         if not _was_looked_after(path) and is_started and record.agrees(path, format):
             healing.heal(
-                healing.without_zeros(_preallocator_now(instance)), path, format, "reserve",
+                opts.for_existing(CONF, healing.without_zeros(_preallocator_now(instance))), path, format, "reserve",
                 compute_utils.disk_ops_semaphore, copying=False, filler=fill_as_root,
             )  # fmt: skip
 
@@ -270,7 +272,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
 def _refill(guest: Any, instance: Any) -> None:
     """Set aside again what a guest that runs has given back."""
     try:
-        strategy = _preallocator(instance)
+        strategy = opts.for_existing(CONF, _preallocator(instance))
         for path, _ in _described_disks(guest.get_xml_desc(), instance):
             try:
                 refilling.refill(strategy, path, fill_as_root)
@@ -369,6 +371,10 @@ def _heal(
     :param known: the disk as it has just been found
     :raises: NoSpace where that would have failed, too
     """
+    strategy = _preallocator_now(instance)
+    if getattr(instance, "uuid", None) not in _arriving:
+        # The room for those that arrive has just been asked for, and granted, by Nova's scheduler.
+        strategy = opts.for_existing(CONF, strategy)
     greatest = None
     if existing is None:
         existing = _existing_disks()
@@ -383,7 +389,7 @@ def _heal(
             existing = "reserve"
             greatest = stock_length
     healing.heal(
-        _preallocator_now(instance),
+        strategy,
         path,
         format,
         existing,

@@ -13,6 +13,7 @@ from oslo_config import cfg
 from oslo_config import types
 
 from imgprealloc import settings
+from imgprealloc import sizes
 from imgprealloc.preallocator import Preallocator
 
 GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
@@ -21,9 +22,24 @@ GROUP = cfg.OptGroup("imgprealloc", title="Preallocation of instance disks")
 EXTRA_SPECS = {field.name: f"{GROUP.name}:{field.name}" for field in settings.by_flavor()}
 
 
+class _Part(types.String):  # type: ignore[misc]
+    """A part of a filesystem."""
+
+    def __call__(self, value: Any) -> str:
+        """Take it as it is written, if it can be understood.
+
+        :raises: ValueError
+        """
+        sizes.part(value, 0)
+        return str(value)
+
+
 def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
     """Make an option of nova.conf of a setting."""
-    choices: Mapping[Any, str] = field.metadata["choices"]
+    choices = field.metadata["choices"]
+    if choices is None:
+        default = field.metadata["for_existing"] or field.default
+        return cfg.Opt(field.name, type=_Part(), default=default, help=field.metadata["help"])
     if isinstance(field.default, bool):
         return cfg.BoolOpt(field.name, default=field.default, help=field.metadata["help"])
     # Not IntOpt, which takes no choices before oslo.config 9.3.
@@ -109,9 +125,23 @@ def refills(conf: cfg.ConfigOpts) -> bool:
 
 
 def preallocator_from(conf: cfg.ConfigOpts, chosen: Mapping[str, Any] = MappingProxyType({})) -> Preallocator:
-    """Return the Preallocator that conf.imgprealloc describes.
+    """Return the Preallocator that conf.imgprealloc describes, for disks that are made or grown.
 
     :param chosen: what a flavor has instead, by the settings' names
     """
-    named = {field.name: getattr(conf.imgprealloc, field.name) for field in settings.fields()}
+    named = {
+        field.name: getattr(conf.imgprealloc, field.name)
+        for field in settings.fields()
+        if field.metadata["for_existing"] is None
+    }
     return Preallocator(**{**named, **chosen})
+
+
+def for_existing(conf: cfg.ConfigOpts, strategy: Preallocator) -> Preallocator:
+    """Return the strategy for disks that are there, and for which nobody is to go short."""
+    named = {
+        field.name: getattr(conf.imgprealloc, field.name)
+        for field in settings.fields()
+        if field.metadata["for_existing"] is not None
+    }
+    return dataclasses.replace(strategy, **named)

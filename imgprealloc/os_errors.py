@@ -50,12 +50,15 @@ def shown(text: str) -> str:
     return first
 
 
-def no_space(path: str, reason: str) -> exceptions.NoSpace:
-    """Say that there is no space, in the words of a program that has met that."""
+def no_space(path: str, reason: str, remedy: str | None = None) -> exceptions.NoSpace:
+    """Say that there is no space, in the words of a program that has met that.
+
+    :param remedy: where another one than on a full filesystem helps
+    """
     return exceptions.NoSpace(
         path,
         reason,
-        "Free space on the filesystem, or build on another host.",
+        remedy or "Free space on the filesystem, or build on another host.",
         exit_code=1,
         stderr=os.strerror(errno.ENOSPC),
     )

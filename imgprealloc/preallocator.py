@@ -8,23 +8,32 @@ on the format counts in record, what a filesystem can promise in promise.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import os
 import time
-from typing import Optional
+from typing import Optional, Union
 
 from oslo_log import log as logging
 
 from imgprealloc import disk_file
 from imgprealloc import exceptions
+from imgprealloc import fallocate
+from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import log
+from imgprealloc import native_thread
 from imgprealloc import os_errors
+from imgprealloc import pace as paces
 from imgprealloc import progress as progresses
 from imgprealloc import promise as promises
+from imgprealloc import punching
 from imgprealloc import record
 from imgprealloc import replacement
+from imgprealloc import sizes
+from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
@@ -32,6 +41,8 @@ from imgprealloc.format import Format
 from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
 from imgprealloc.layout import Layout
+from imgprealloc.pace import Pace
+from imgprealloc.plan import Plan
 from imgprealloc.progress import Progress
 from imgprealloc.promise import Promise
 from imgprealloc.qcow2 import Qcow2
@@ -42,6 +53,9 @@ from imgprealloc.settings import Mode
 from imgprealloc.settings import Settings
 
 LOG = logging.getLogger(__name__)
+
+Path = Union[str, bytes, "os.PathLike[str]"]
+"""What a verb takes for a disk's path."""
 
 # One row a format; a new one is a class and a row.
 FORMATS: dict[str, type[Format]] = {format.name: format for format in (Raw, Qcow2)}
@@ -61,6 +75,9 @@ class Preallocator(Settings):
     :param overlay_subclusters: what of an overlay is allocated before its guest
         writes: "unallocated", "allocated" (beyond the base) or "copied" (all)
     :param overlay_cluster_size: bytes, for overlays that are made anew
+    :param keep_free: what is left available to others on a filesystem: bytes, or
+        words as "10G", "5%", or "1%,10G" for the least of both; what would take
+        more is refused (NoSpace)
     :raises: ValueError for a value that is not one of a setting's
     """
 
@@ -68,76 +85,116 @@ class Preallocator(Settings):
         """Return the same strategy in another mode."""
         return dataclasses.replace(self, mode=mode)
 
-    def inspect(self, path: str | os.PathLike[str], *, format: Optional[str] = None) -> DiskImage:
+    def inspect(self, path: Path, *, format: Optional[str] = None) -> DiskImage:
         """Read a disk, also one in use; nothing is written.
 
         :raises: DiskNotFound, FileError, UnsupportedFormat, FormatMismatch,
             BrokenImage, ProgramMissing, ProgramKilled
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
             return self._format(file, record.word(file, format)).read(file)
 
-    def layout(self, path: str | os.PathLike[str], *, format: Optional[str] = None) -> Layout:
+    def layout(self, path: Path, *, format: Optional[str] = None) -> Layout:
         """Find out where the bytes of a disk are, also of one in use, for a picture; nothing is written.
 
         :raises: UnsupportedFilesystem, and what inspect() raises
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
             return self._format(file, record.word(file, format)).layout(file)
 
-    def holds_space(self, path: str | os.PathLike[str]) -> bool:
+    def holds_space(self, path: Path) -> bool:
         """Whether the space of a disk in that place is really set aside in this mode.
 
         :raises: DiskNotFound, FileError, UnsupportedFilesystem
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
         with os_errors.translated(path), disk_file.place(path) as place:
             return self._promise(place).holds_space
 
-    def has_work(
-        self, path: str | os.PathLike[str], existing: Existing, known: DiskImage, *, format: Optional[str] = None
-    ) -> bool:
+    def has_work(self, path: Path, existing: Existing, known: DiskImage, *, format: Optional[str] = None) -> bool:
         """Whether preallocate() would do anything to a disk; for whoever has others wait while it does.
 
         :param known: the disk as a look before has found it
-        :raises: UnsupportedFilesystem, and what inspect() raises
+        :raises: UnsupportedFilesystem, NoSpace where what it would take is to be
+            kept free, and what inspect() raises
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
             if replacement.leftovers(file):
                 return True
             word = record.word(file, format)
             strategy = self._format(file, word)
-            before = known if known.stamp == file.stamp() else strategy.read(file)
-            if strategy.is_done(before, self.mode):
-                return False
-            return _chosen(strategy, word, file, before, self._promise(file), existing) is not None
+            before = _looked_at(strategy, file, known)
+            treatment = self._treatment(strategy, word, file, before, existing, write_held=False)
+            if treatment is not None:
+                treatment.promise.require_kept_free(file, treatment.needed, treatment.where(file))
+            return treatment is not None
+
+    def plan(
+        self,
+        path: Path,
+        existing: Existing = "recreate_blank",
+        *,
+        format: Optional[str] = None,
+        known: Optional[DiskImage] = None,
+        write_held: bool = True,
+    ) -> Plan:
+        """Say what preallocate() would do to a disk, also one in use; nothing is written.
+
+        But for a nameless file of 1 MiB, by which a filesystem is asked whether it
+        can set space aside.
+
+        :param existing: as for preallocate()
+        :param known: as for preallocate()
+        :param write_held: as for preallocate()
+        :raises: what inspect() raises; what preallocate() would refuse is in the plan
+        """
+        path = disk_file.named(path)
+        with os_errors.translated(path), disk_file.opened(path) as file:
+            word = record.word(file, format)
+            strategy = self._format(file, word)
+            before = _looked_at(strategy, file, known)
+            error = None
+            try:
+                treatment = self._treatment(strategy, word, file, before, existing, write_held=write_held)
+                if treatment is not None:
+                    return _planned(file, before, treatment)
+            except exceptions.PreallocationError as exc:
+                error = exc
+            room = max(0, filesystem.room(file.fd, self.keep_free))
+            return Plan(before, self.mode, "none", before.state, 0, 0, 0, room, error)
 
     def create(
         self,
-        path: str | os.PathLike[str],
+        path: Path,
         size: int,
-        backing: Optional[str] = None,
+        backing: Optional[Path] = None,
         *,
         format: Optional[str] = None,
         backing_format: Optional[str] = None,
         progress: Optional[Progress] = None,
+        pace: Optional[Pace] = None,
     ) -> DiskImage:
         """Create a new preallocated disk, qcow2 unless told otherwise.
 
         :param size: virtual size in bytes
         :param backing: the backing file, absolute or relative to path's folder
         :param backing_format: its format, which nobody but the caller knows
-        :param progress: told how far the base's data is copied (overlay_subclusters);
-            what it raises ends the call, and nothing is left of the disk
-        :raises: DiskExists, InvalidSize, FormatNotCertain, NoSpace, and what
+        :param progress: told how far the base's data is copied (overlay_subclusters)
+            and zeros are written (mode full), one after the other; what it raises
+            ends the call, and nothing is left of the disk
+        :param pace: how others on the same storage are thought of; None: not at
+            all, as where a guest waits for its disk
+        :raises: TypeError, DiskExists, InvalidSize, FormatNotCertain, NoSpace, and what
             inspect() raises
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
+        backing = None if backing is None else disk_file.named(backing)
+        _require_number(size)
         started = time.monotonic()
-        with progresses.told_to(progress), os_errors.translated(path), disk_file.place(path) as place:
+        with _at_work(path, progress, pace), disk_file.place(path) as place:
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
             if place.stat() is not None:
@@ -148,12 +205,14 @@ class Preallocator(Settings):
 
     def preallocate(
         self,
-        path: str | os.PathLike[str],
+        path: Path,
         existing: Existing = "recreate_blank",
         *,
         format: Optional[str] = None,
         known: Optional[DiskImage] = None,
         progress: Optional[Progress] = None,
+        pace: Optional[Pace] = None,
+        write_held: bool = True,
     ) -> DiskImage:
         """Preallocate a disk that exists; what the guest reads never changes.
 
@@ -163,14 +222,18 @@ class Preallocator(Settings):
         :param existing: what may happen to it; see format.Existing
         :param known: the disk as a look before has found it; believed where the
             file has not changed since, but not for replacing it
-        :param progress: told how far data is copied, where it is, one copy after
-            the other; what it raises ends the call, and the disk is as it was
+        :param progress: told how far data is copied, and zeros are written, one
+            after the other; what it raises ends the call, and the disk has its
+            content
+        :param pace: as for create()
+        :param write_held: whether mode full writes what is set aside already, too,
+            for which nobody may have the disk open; a start does not wait for that
         :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
             what inspect() raises
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
         started = time.monotonic()
-        with progresses.told_to(progress), os_errors.translated(path), disk_file.claimed(path) as file:
+        with _at_work(path, progress, pace), disk_file.claimed(path) as file:
             word = record.word(file, format)
             strategy = self._format(file, word)
             replacement.remove_leftovers(file)
@@ -179,31 +242,43 @@ class Preallocator(Settings):
                 treatment = strategy.treatment_by_header(file, promise)
                 if treatment is not None:
                     return _logged(treatment.apply(), promise, "blank", started)
-            before = known if known is not None and known.stamp == file.stamp() else strategy.read(file)
-            if strategy.is_done(before, self.mode):
+            before = _looked_at(strategy, file, known)
+            treatment = self._treatment(strategy, word, file, before, existing, write_held=write_held)
+            if treatment is not None and treatment.replaces and before is known:
+                before = strategy.read(file)
+                treatment = self._treatment(strategy, word, file, before, existing, write_held=write_held)
+            if treatment is None:
                 LOG.debug("%s: nothing to do in mode %s, it is %s", path, self.mode, before.state)
                 return before
-            promise = self._promise(file)
-            treatment = _chosen(strategy, word, file, before, promise, existing)
-            if treatment is None:
-                return before
-            if treatment.replaces and before is known:
-                before = strategy.read(file)
-                treatment = _chosen(strategy, word, file, before, promise, existing)
-                if treatment is None:
-                    return before
-            return _logged(treatment.apply(), promise, before.state, started)
+            after, promise = treatment.apply(), treatment.promise
+            # What was mapped, and has got its space only now.
+            is_held = not treatment.replaces and strategy.is_done(after, promise.mode)
+            if write_held and promise.mode == "full" and is_held and _has_unwritten(file, after):
+                after = _write_held(strategy, file, after)
+            return _logged(after, promise, before.state, started)
 
-    def resize(self, path: str | os.PathLike[str], size: int, *, format: Optional[str] = None) -> DiskImage:
+    def resize(
+        self,
+        path: Path,
+        size: int,
+        *,
+        format: Optional[str] = None,
+        progress: Optional[Progress] = None,
+        pace: Optional[Pace] = None,
+    ) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
 
         :param size: the new virtual size in bytes
-        :raises: InvalidSize, ImageInUse, FormatNotCertain, NoSpace,
+        :param progress: told how far the new part is, where that can be seen (mode
+            full); what it raises ends the call, and the disk has its content
+        :param pace: as for create()
+        :raises: TypeError, InvalidSize, ImageInUse, FormatNotCertain, NoSpace,
             NotPreallocated, and what inspect() raises
         """
-        path = os.fspath(path)
+        path = disk_file.named(path)
+        _require_number(size)
         started = time.monotonic()
-        with os_errors.translated(path), disk_file.claimed(path) as file:
+        with _at_work(path, progress, pace), disk_file.claimed(path) as file:
             word = record.word(file, format)
             strategy = self._format(file, word)
             record.require_certain(file, word, "it is not grown")
@@ -215,7 +290,7 @@ class Preallocator(Settings):
             if size <= before.virtual_size:
                 raise exceptions.InvalidSize(
                     path,
-                    f"{size} bytes are not more than the {before.virtual_size} that it has",
+                    f"{sizes.exact(size)} is not more than the {sizes.exact(before.virtual_size)} that it has",
                     "A disk can only grow; shrinking would cut off data. What it may lack of its space, "
                     "imgprealloc allocate sets aside.",
                 )
@@ -226,13 +301,62 @@ class Preallocator(Settings):
                 # Within, for what the system refuses half way, too.
                 with os_errors.translated(path):
                     after = self._grown(strategy, file, before, size, promise)
-            except exceptions.PreallocationError as exc:
+            except Exception as exc:
+                # Also where whoever was told how far it is has ended it.
                 if file.stamp() != before.stamp:
                     with contextlib.suppress(exceptions.PreallocationError):
                         strategy.recover(file)
-                    exc.remedy += f" {_cut_short(strategy, file, before, size)}"
+                    if isinstance(exc, exceptions.PreallocationError):
+                        exc.remedy += f" {_cut_short(strategy, file, before, size)}"
                 raise
             return _logged(after, promise, before.state, started)
+
+    def thin(
+        self,
+        path: Path,
+        *,
+        rewrite: bool = False,
+        format: Optional[str] = None,
+        progress: Optional[Progress] = None,
+        pace: Optional[Pace] = None,
+    ) -> DiskImage:
+        """Give back the space of a disk that nobody has written to; what the guest reads never changes.
+
+        In place no byte of the file changes, whatever its format is: a raw disk
+        is thin afterwards, a qcow2 one keeps its cluster map, and so is mapped at
+        the least. Zeros that were written stay.
+
+        :param rewrite: copy the disk into one that is thin, without its zeros and
+            its empty clusters; there has to be room for what it holds
+        :param progress: told how far it is; what it raises ends the call, and the
+            disk has its content
+        :param pace: as for create()
+        :raises: ImageInUse, UnsupportedFilesystem, NoSpace, FormatNotCertain where
+            it is to be rewritten, and what inspect() raises
+        """
+        path = disk_file.named(path)
+        started = time.monotonic()
+        with _at_work(path, progress, pace), disk_file.claimed(path) as file:
+            word = record.word(file, format)
+            strategy = self._format(file, word)
+            replacement.remove_leftovers(file)
+            before = strategy.read(file)
+            lock.refuse_users(path, file.fd)
+            file.refuse_changed(before.stamp)
+            if rewrite:
+                record.require_certain(file, word, "it is not rewritten")
+                after = strategy.copy_thin(file, before, promises.made(file, "metadata", "metadata"))
+            elif _has_to_give(file, before):
+                punching.give_back(path, file.fd)
+                after = strategy.read(file)
+            else:
+                after = before
+            LOG.info(
+                "%s: %s before, %s now, %d bytes given back, %.2f s",
+                path, before.state, after.state, before.allocated_size - after.allocated_size,
+                time.monotonic() - started,
+            )  # fmt: skip
+            return after
 
     @staticmethod
     def _grown(strategy: Format, file: DiskFile, before: DiskImage, size: int, promise: Promise) -> DiskImage:
@@ -243,13 +367,60 @@ class Preallocator(Settings):
         if after.virtual_size != size:
             raise exceptions.BrokenImage(
                 file.path,
-                f"qemu-img said that it has grown the disk to {size} bytes, and it has {after.virtual_size}",
+                f"qemu-img said that it has grown the disk to {sizes.exact(size)}, "
+                f"and it has {sizes.exact(after.virtual_size)}",
                 "See whether this qemu-img works, then try again.",
             )
         kept = (before.state, *promise.states)
         if before.state == "thin":
             kept += ("reserved", "mapped")
         return strategy.kept(after, promise, kept)
+
+    def _treatment(
+        self,
+        strategy: Format,
+        word: Word,
+        file: DiskFile,
+        before: DiskImage,
+        existing: Existing,
+        *,
+        write_held: bool,
+    ) -> Optional[Treatment]:
+        """Choose what is to be done to a disk that was looked at, as the word on its format allows; None for nothing.
+
+        :param write_held: as for preallocate()
+        :raises: UnsupportedFilesystem, FormatNotCertain
+        """
+        if strategy.is_done(before, self.mode):
+            return self._writing(strategy, file, before) if write_held and self.mode == "full" else None
+        promise = self._promise(file)
+        treatment = strategy.treatment(file, before, promise, existing)
+        if treatment is not None and treatment.replaces and not word.certain:
+            if existing != "recreate_blank":
+                record.require_certain(file, word, "it is not rewritten")
+            log.warn_once(
+                "format guessed", file.path, f"not made anew, because nobody tells that it is {word.format}; "
+                "say so (--disk-format) if it is"
+            )  # fmt: skip
+            treatment = strategy.treatment(file, before, promise, "reserve")
+        elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
+            # One that may be made anew may stay what it is, too.
+            treatment = strategy.treatment(file, before, promise, "reserve")
+        return treatment
+
+    def _writing(self, strategy: Format, file: DiskFile, before: DiskImage) -> Optional[Treatment]:
+        """Return the treatment of a disk whose space is held, but is to be written."""
+        if not _has_unwritten(file, before):
+            return None
+        return Treatment(
+            "write",
+            self._promise(file),
+            functools.partial(_write_held, strategy, file, before),
+            before.state,
+            needed=0,
+            written=lambda: native_thread.run(zeros.unwritten, file.fd),
+            alone=True,
+        )
 
     def _format(self, place: Place, word: Word) -> Format:
         """Return what knows a format, with these settings.
@@ -265,28 +436,85 @@ class Preallocator(Settings):
         return FORMATS[word.format](self)
 
     def _promise(self, place: Place) -> Promise:
-        return promises.made(place, self.mode, self.on_unsupported)
+        return promises.made(place, self.mode, self.on_unsupported, self.keep_free)
 
 
-def _chosen(
-    strategy: Format, word: Word, file: DiskFile, before: DiskImage, promise: Promise, existing: Existing
-) -> Optional[Treatment]:
-    """Choose the treatment of a disk that the word on its format allows."""
-    treatment = strategy.treatment(file, before, promise, existing)
-    if treatment is not None and treatment.replaces and not word.certain:
-        if existing != "recreate_blank":
-            record.require_certain(file, word, "it is not rewritten")
-        log.warn_once(
-            "format guessed", file.path, f"not made anew, because nobody tells that it is {word.format}; "
-            "say so (--disk-format) if it is"
-        )  # fmt: skip
-        treatment = strategy.treatment(file, before, promise, "reserve")
-    elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
-        # One that may be made anew may stay what it is, too.
-        treatment = strategy.treatment(file, before, promise, "reserve")
-    if treatment is None:
-        LOG.debug("%s: left %s in mode %s", file.path, before.state, promise.mode)
-    return treatment
+def _planned(file: DiskFile, before: DiskImage, treatment: Treatment) -> Plan:
+    """Say what a treatment takes, and whether it would be refused."""
+    promise = treatment.promise
+    room = max(0, promise.room(treatment.where(file)))
+    written, error = 0, None
+    try:
+        if treatment.replaces:
+            replacement.refuse_links(file)
+        if treatment.alone:
+            lock.refuse_users(file.path, file.fd)
+        written = treatment.written()
+        if treatment.needed > room:
+            raise promise.lacking(file.path, treatment.needed, room)
+    except exceptions.PreallocationError as exc:
+        error = exc
+    # Whoever has it open keeps us from writing, and not from setting aside.
+    is_held = treatment.name == "fill" and before.in_use and treatment.needed <= room
+    return Plan(
+        before,
+        promise.mode,
+        treatment.name,
+        treatment.state if error is None or is_held else before.state,
+        space=treatment.needed - treatment.freed,
+        temporary=treatment.freed,
+        written=written,
+        available=room,
+        error=error,
+    )
+
+
+def _looked_at(strategy: Format, file: DiskFile, known: Optional[DiskImage]) -> DiskImage:
+    """Return the disk as it is: as a look before has found it, where it has not changed since."""
+    return known if known is not None and known.stamp == file.stamp() else strategy.read(file)
+
+
+@contextlib.contextmanager
+def _at_work(path: str, progress: Optional[Progress], pace: Optional[Pace]) -> Iterator[None]:
+    """Let a caller be told, others be thought of, and the system's errors be ours."""
+    with progresses.told_to(progress), paces.kept(pace), os_errors.translated(path):
+        yield
+
+
+def _write_held(strategy: Format, file: DiskFile, image: DiskImage) -> DiskImage:
+    """Write what a preallocated disk has set aside and nobody has written.
+
+    :raises: ImageInUse, and what zeros.write() raises
+    """
+    if image.in_use:
+        raise exceptions.ImageInUse(
+            file.path,
+            "its space is held, but was never written, as mode full has it, and QEMU has the image open for writing",
+            "Stop the instance, then try again; or leave it so, the space is there.",
+            image,
+        )
+    zeros.write(file.path, file.fd)
+    return strategy.read(file)
+
+
+def _has_unwritten(file: DiskFile, image: DiskImage) -> bool:
+    """Whether there is more in a file that nobody has written than what a format's own tables leave."""
+    little = 0 if image.clusters is None else zeros.MOST_OF_METADATA
+
+    def look() -> bool:
+        if not image.in_use:
+            zeros.forget_reads(file.fd)
+        return zeros.has_unwritten(file.fd, more_than=little)
+
+    return native_thread.run(look)
+
+
+def _has_to_give(file: DiskFile, image: DiskImage) -> bool:
+    """Whether a disk has space that nobody has written to, in its file or past the end of that."""
+    if _has_unwritten(file, image):
+        return True
+    extents = fallocate.extents(file.program_name)
+    return extents is not None and bool(extents) and extents[-1].end - image.file_size > zeros.MOST_OF_METADATA
 
 
 def _logged(after: DiskImage, promise: Promise, before: str, started: float) -> DiskImage:
@@ -303,13 +531,25 @@ def _cut_short(strategy: Format, file: DiskFile, before: DiskImage, size: int) -
     except (exceptions.PreallocationError, OSError):
         return "Its growth was cut short, and it cannot be read now; see qemu-img check."
     if found == before.virtual_size:
-        return f"It still has {found} bytes, and what it holds is as it was."
+        return f"It still has {sizes.exact(found)}, and what it holds is as it was."
     if found == size:
         return (
-            f"It has the {found} bytes that it was to have all the same, and what it holds is as it was; what is left "
-            "to be done, imgprealloc allocate does."
+            f"It has the {sizes.exact(found)} that it was to have all the same, and what it holds is as it was; what "
+            "is left to be done, imgprealloc allocate does."
         )
-    return f"It has {found} bytes now of {size}, and what it holds is as it was; give the command again."
+    return (
+        f"It has {sizes.exact(found)} now of {sizes.exact(size)}, and what it holds is as it was; give the command "
+        "again."
+    )
+
+
+def _require_number(size: object) -> None:
+    """Refuse what is no number of bytes before anything is looked at.
+
+    :raises: TypeError
+    """
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"a size is an int of bytes, as 40 * 2**30, not {size!r}")
 
 
 def _check_size(path: str, size: int) -> None:

@@ -8,9 +8,10 @@ import functools
 import os
 from typing import Optional
 
+from oslo_utils import units
+
 from imgprealloc import backing
 from imgprealloc import exceptions
-from imgprealloc import filesystem
 from imgprealloc import format
 from imgprealloc import glance
 from imgprealloc import lock
@@ -22,6 +23,7 @@ from imgprealloc import reading
 from imgprealloc import refcounts
 from imgprealloc import replacement
 from imgprealloc import subclusters
+from imgprealloc import worst_case
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
 from imgprealloc.format import Existing
@@ -31,11 +33,13 @@ from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
 from imgprealloc.layout import Layout
 from imgprealloc.promise import Promise
-from imgprealloc.promise import require_space
 from imgprealloc.qcow2_header import Blank
 from imgprealloc.replacement import NewFile
 from imgprealloc.settings import Mode
 from imgprealloc.settings import OverlaySubclusters
+
+# qemu-img's own choice, in bytes.
+_CLUSTER_SIZE = 64 * units.Ki
 
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _PROTOCOL = "is named by a protocol of QEMU's"
@@ -64,9 +68,7 @@ class Qcow2(format.Format):
         if self.is_done(image, promise.mode):
             return None
         if image.mapped and not image.copy_on_write:
-            return Treatment(
-                False, functools.partial(self.hold, file, image, image.worst_case_size, promise, promise.states)
-            )
+            return self.holding("fill", file, image, promise, promise.states)
         if image.mapped and not promise.nocow:
             return None
         blank = qcow2_header.blank(file.fd) if existing != "reserve" and _holds_nothing(image) else None
@@ -75,7 +77,7 @@ class Qcow2(format.Format):
             if obstacle is None:
                 if blank is not None:
                     return self._recreation(file, blank, image.stamp, promise)
-                return Treatment(True, functools.partial(self._rewrite, file, image, promise))
+                return self._rewriting(file, image, promise)
             log.warn_once("not replaced", file.path, f"{obstacle}; {_NOT_REPLACED}")
         if not promise.holds_space:
             return None
@@ -83,20 +85,18 @@ class Qcow2(format.Format):
             raise format.copied_on_write(file.path)
         if image.held:
             return None
-        return Treatment(
-            False,
-            functools.partial(self.hold, file, image, image.worst_case_size, promise, ("reserved", "preallocated")),
-        )
+        return self.holding("reserve", file, image, promise, ("reserved", "preallocated"))
 
     def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
         stamp = file.stamp()
         blank = qcow2_header.blank(file.fd)
         if blank is None or not blank.virtual_size or _obstacle_in_header(file.path, blank) is not None:
             return None
-        if promise.holds_space and filesystem.available(file.folder_fd) < blank.virtual_size:
+        recreation = self._recreation(file, blank, stamp, promise, just_made=True)
+        if promise.holds_space and promise.room(file.folder_fd) < recreation.needed:
             # A look may tell that the space that is short is its own.
             return None
-        return self._recreation(file, blank, stamp, promise, just_made=True)
+        return recreation
 
     def make(
         self, place: Place, size: int, promise: Promise, backing_file: Optional[str], backing_format: Optional[str]
@@ -127,13 +127,13 @@ class Qcow2(format.Format):
                 "Nothing was changed; copy it with qemu-img convert, and take the copy.",
             )
         if promise.mode != "metadata":
-            require_space(file, size - image.virtual_size, file.fd)
+            promise.require_space(file, size - image.virtual_size, file.fd)
         self._clear_end(file, image)
         file_size = os.fstat(file.fd).st_size
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         # In mode metadata QEMU maps clusters that were freed before, and shows
         # the guest what was in them, unless it has to hide a backing file.
-        preallocation = "off" if promise.mode == "metadata" else promise.mode
+        preallocation = "off" if promise.mode == "metadata" else promise.of_qemu
         if promise.mode == "metadata":
             over_zeros = qcow2_header.can_zero_clusters(file.fd)
         else:
@@ -147,8 +147,11 @@ class Qcow2(format.Format):
                     self._resize(file, image, aligned, preallocation)
                     # Zeros over what was to be there by now would hide the base.
                     _refuse_other_size(file, aligned)
-                qemu_img.resize_over_zeros(file.path, file.program_name, size, zeros.program_name, promise.mode)
+                qemu_img.resize_over_zeros(
+                    file.path, file.program_name, size, zeros.program_name, promise.of_qemu, grown=size - aligned
+                )
         format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
+        format.write_out(file, promise, start=file_size)
         if image.state == "reserved" and promise.holds_space:
             grown = self.read(file)
             format.set_space_aside(file, grown, grown.worst_case_size, promise)
@@ -189,6 +192,33 @@ class Qcow2(format.Format):
         # Where no cluster lies beyond the base, only those of its own part can tell.
         return subclusters.mostly_allocated(file.fd, start if start < end else 0, end)
 
+    def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        obstacle = _obstacle(image)
+        if obstacle is not None:
+            raise exceptions.UnsupportedFormat(
+                file.path, obstacle, "Give back what nobody has written to, without copying it (imgprealloc thin)."
+            )
+        base: Optional[_Base] = None
+        if image.backing_file is not None:
+            base = _Base.of(file, image.backing_file, str(image.backing_format))
+        options = {**promise.file_options, "cluster_size": str(image.cluster_size)}
+        if image.extended_l2:
+            options["extended_l2"] = "on"
+        size = image.virtual_size
+
+        def write(new: NewFile) -> None:
+            names = (file.path, file.program_name, new.program_name)
+            if base is None:
+                qemu_img.convert(*names, size, "qcow2", options)
+                return
+            over = {"backing_file": base.path, "backing_format": base.format}
+            qemu_img.convert_thin(*names, size, options, **over)
+            base.put_under(new, base.path)
+
+        asked = Geometry(size, image.cluster_size, image.backing_file, image.backing_format)
+        place_for = functools.partial(replacement.replacing, file, image.stamp)
+        return self.put(place_for, asked, promise, write, thin=True)
+
     def recover(self, file: DiskFile) -> None:
         check = qemu_img.check(file.path, file.program_name, "qcow2")
         if qemu_img.count(file.path, check, "corruptions"):
@@ -197,20 +227,21 @@ class Qcow2(format.Format):
 
     @staticmethod
     def _resize(file: DiskFile, image: DiskImage, size: int, preallocation: str) -> None:
+        grown = size - image.virtual_size
         if image.backing_file is None:
-            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation)
+            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation, grown=grown)
             return
         is_file = not backing.names_protocol(image.backing_file)
         if image.backing_format is None or not is_file:
             if is_file:
                 backing.look_at_chain(file, file.beside(image.backing_file), None)
             # QEMU alone knows what it is; the name that it finds it by is the disk's own.
-            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation)
+            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation, grown=grown)
             return
         backing.virtual_size(file, image.backing_file, image.backing_format)
         qemu_img.resize(
             file.path, file.program_name, size, "qcow2", preallocation,
-            backing_file=file.beside(image.backing_file), backing_format=image.backing_format,
+            backing_file=file.beside(image.backing_file), backing_format=image.backing_format, grown=grown,
         )  # fmt: skip
 
     def _recreation(
@@ -222,7 +253,24 @@ class Qcow2(format.Format):
         place_for = functools.partial(replacement.replacing, file, stamp, durably=durably)
         # As QEMU sees it, in whole sectors.
         blank = dataclasses.replace(blank, virtual_size=blank.virtual_size // reading.SECTOR * reading.SECTOR)
-        return Treatment(True, functools.partial(self._put_blank, place_for, file, blank, promise, quickly=just_made))
+        needed = self._needed_blank(blank, self._options(promise, blank.backing_file, blank.cluster_size), promise)
+
+        def count() -> int:
+            copied = 0
+            if blank.backing_file is not None and self.settings.overlay_subclusters == "copied":
+                copied = _Base.of(file, blank.backing_file, str(blank.backing_format)).size
+            return max(needed if promise.mode == "full" else 0, min(copied, blank.virtual_size))
+
+        return Treatment(
+            "recreate",
+            promise,
+            functools.partial(self._put_blank, place_for, file, blank, promise, quickly=just_made),
+            promise.state,
+            needed=needed,
+            freed=format.given_back(file),
+            written=count,
+            alone=True,
+        )
 
     def _put_blank(
         self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise, *, quickly: bool = False
@@ -241,14 +289,14 @@ class Qcow2(format.Format):
     def _write(self, place: Place, new: NewFile, blank: Blank, options: dict[str, str], promise: Promise) -> None:
         """Fill a new file with a disk that holds nothing."""
         size = blank.virtual_size
-        if promise.mode != "metadata":
-            require_space(place, size)
+        _require_space(place, self._needed_blank(blank, options, promise), promise)
         if blank.backing_file is None:
             qemu_img.create(new.path, new.program_name, size, "qcow2", options)
         else:
             base = _Base.of(place, blank.backing_file, str(blank.backing_format))
             self._write_overlay(place, new, base, size, options, promise)
         format.fill(new, os.fstat(new.fd).st_size, promise)
+        format.write_out(new, promise)
 
     def _write_overlay(
         self, place: Place, new: NewFile, base: _Base, size: int, options: dict[str, str], promise: Promise
@@ -263,7 +311,7 @@ class Qcow2(format.Format):
             _refuse_other_size(new, copied_size)
             if copied_size < first_size:
                 qemu_img.resize(
-                    new.path, new.program_name, first_size, "qcow2", promise.mode,
+                    new.path, new.program_name, first_size, "qcow2", promise.of_qemu,
                     backing_file=base.path, backing_format=base.format,
                 )  # fmt: skip
         else:
@@ -297,13 +345,35 @@ class Qcow2(format.Format):
         if first_size < size:
             with replacement.zeros(place, size if allocated else 0) as zeros:
                 qemu_img.resize_over_zeros(
-                    new.path, new.program_name, size, zeros.program_name, promise.mode, flush=False
-                )
+                    new.path, new.program_name, size, zeros.program_name, promise.of_qemu,
+                    grown=size - first_size, flush=False,
+                )  # fmt: skip
 
-    def _rewrite(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        if promise.mode != "metadata":
-            require_space(file, image.virtual_size)
+    def _rewriting(self, file: DiskFile, image: DiskImage, promise: Promise) -> Treatment:
+        copied = self._copied(image)
         options = self._options(promise, image.backing_file, image.cluster_size)
+        needed = self._needed(promise, image.virtual_size, options, copied)
+        return Treatment(
+            "rewrite",
+            promise,
+            functools.partial(self._rewrite, file, image, promise, needed),
+            promise.state,
+            needed=needed,
+            freed=format.given_back(file, image.shared_bytes),
+            # With preallocation in mode full zeros are written first, everywhere.
+            written=lambda: copied + (needed if promise.mode == "full" else 0),
+            alone=True,
+        )
+
+    def _copied(self, image: DiskImage) -> int:
+        """Return the bytes of data that a copy of a disk gets."""
+        if image.backing_file is not None and self.settings.overlay_subclusters == "copied":
+            return image.virtual_size
+        return (image.cluster_size or 1) * ((image.mapped_clusters or 0) + image.compressed_clusters)
+
+    def _rewrite(self, file: DiskFile, image: DiskImage, promise: Promise, needed: int) -> DiskImage:
+        options = self._options(promise, image.backing_file, image.cluster_size)
+        _require_space(file, needed, promise)
         base: Optional[_Base] = None
         if image.backing_file is not None:
             base = _Base.of(file, image.backing_file, str(image.backing_format))
@@ -314,6 +384,7 @@ class Qcow2(format.Format):
             else:
                 self._rewrite_overlay(file, image, new, base, options, promise)
             format.fill(new, os.fstat(new.fd).st_size, promise)
+            format.write_out(new, promise)
 
         asked = Geometry(image.virtual_size, int(options["cluster_size"]), image.backing_file, image.backing_format)
         return self.put(functools.partial(replacement.replacing, file, image.stamp), asked, promise, write)
@@ -341,24 +412,40 @@ class Qcow2(format.Format):
             qemu_img.copy_tail(*names, first_size, size, **over)
 
     def _options(self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int]) -> dict[str, str]:
-        options = {**promise.file_options, "preallocation": promise.mode}
+        options = {**promise.file_options, "preallocation": promise.of_qemu}
         if backing_file is not None:
             # Only subclusters can be mapped and still let the base show
             # through. The base's own cluster size has no say in it.
             return {**options, "cluster_size": str(self.settings.overlay_cluster_size), "extended_l2": "on"}
         return options if cluster_size is None else {**options, "cluster_size": str(cluster_size)}
 
+    def _needed_blank(self, blank: Blank, options: dict[str, str], promise: Promise) -> int:
+        """Return the bytes that a new disk takes that holds nothing yet."""
+        is_copied = blank.backing_file is not None and self.settings.overlay_subclusters == "copied"
+        return self._needed(promise, blank.virtual_size, options, blank.virtual_size if is_copied else 0)
+
     @staticmethod
-    def _lack_of_room(file: DiskFile, image: DiskImage, promise: Promise) -> Optional[str]:
+    def _needed(promise: Promise, size: int, options: dict[str, str], copied: int) -> int:
+        """Return the bytes that a new disk of a virtual size takes, made with these options.
+
+        :param copied: the data that it gets
+        """
+        cluster_size = int(options.get("cluster_size", _CLUSTER_SIZE))
+        length = worst_case.length(size, cluster_size, extended_l2=options.get("extended_l2") == "on")
+        if promise.mode == "metadata":
+            return length - size + min(copied, size) + promise.rounding
+        return length
+
+    def _lack_of_room(self, file: DiskFile, image: DiskImage, promise: Promise) -> Optional[str]:
         """Say that there is no room for one more disk, where what this one lacks can still be held.
 
         As stock Nova leaves a swap disk that was never used: the space that is
         short for a second one is its own.
         """
-        available = filesystem.available(file.folder_fd)
-        if not promise.holds_space or available >= image.virtual_size or image.shortfall > available:
-            return None
-        return _NO_ROOM
+        options = self._options(promise, image.backing_file, image.cluster_size)
+        needed = self._needed(promise, image.virtual_size, options, 0)
+        room = promise.room(file.folder_fd)
+        return _NO_ROOM if promise.holds_space and image.shortfall <= room < needed else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,6 +484,17 @@ class _Base:
                 raise format.not_as_asked(new.path, f"a {field} of {was_wanted!r}", repr(was_found))
         if self.name != made_over:
             qemu_img.name_backing_file(new.path, new.program_name, self.name, self.format)
+
+
+def _require_space(place: Place, needed: int, promise: Promise) -> None:
+    """Refuse a new disk for which there is no space; where none is set aside, only what others are to keep counts.
+
+    :raises: NoSpace
+    """
+    if promise.mode == "metadata":
+        promise.require_kept_free(place, needed, place.folder_fd)
+    else:
+        promise.require_space(place, needed)
 
 
 def _mark_zeros(file: DiskFile, image: DiskImage, new: NewFile, base: _Base) -> None:

@@ -23,6 +23,7 @@ from oslo_utils import units
 
 from imgprealloc import command
 from imgprealloc import exceptions
+from imgprealloc import pace
 from imgprealloc import progress
 
 # Nova's own for qemu-img info, and that it writes no more than what it may print.
@@ -34,6 +35,9 @@ CHECK_LIMITS = processutils.ProcessLimits(cpu_time=30, address_space=2 * units.G
 
 # Subclusters (extended_l2) and growth that hides a longer backing file.
 OVERLAY_PREALLOCATION = (5, 2)
+
+# convert -r.
+RATE_LIMIT = (5, 2)
 
 # The create option for XFS.
 EXTENT_SIZE_HINT = (5, 1)
@@ -96,7 +100,8 @@ def create(
     """Create an image; qemu-img truncates what is there without a word, and does not look for the backing file."""
     backing = [] if backing_file is None else ["-u", "-b", backing_file, "-F", str(backing_format)]
     command.run(
-        path, "qemu-img", "create", "-q", "-f", format, *backing, *_options(options), name, str(size), work=size
+        path, "qemu-img", "create", "-q", "-f", format, *backing, *_options(options), name, str(size),
+        work=size, told=progress.allocated(name, size),
     )  # fmt: skip
 
 
@@ -122,12 +127,34 @@ def convert(
     """
     if backing_file is None:
         source = ["-f", format, "-O", format, *_options(options), name]
+        _convert(path, size, {"-t": target, "-T": name}, *source, target)
     else:
-        # Not -F, which convert has from QEMU 6.0 on.
-        chosen = _options({**options, "backing_fmt": str(backing_format)})
-        image = _csv(_over(name, format, backing_file, str(backing_format)))
-        source = ["-S", "0", "--image-opts", "-O", format, "-B", backing_file, *chosen, image]
-    _convert(path, size, *source, target)
+        source = _over_backing(name, format, options, backing_file, str(backing_format))
+        _convert(path, size, {"-t": target}, "-S", "0", *source, target)
+
+
+def convert_thin(
+    path: str,
+    name: str,
+    target: str,
+    size: int,
+    options: Mapping[str, str],
+    *,
+    backing_file: str,
+    backing_format: str,
+) -> None:
+    """Copy a qcow2 overlay as convert() does, without the clusters that hold zeros."""
+    source = _over_backing(name, "qcow2", options, backing_file, backing_format)
+    _convert(path, size, {"-t": target}, *source, target)
+
+
+def _over_backing(
+    name: str, format: str, options: Mapping[str, str], backing_file: str, backing_format: str
+) -> list[str]:
+    # Not -F, which convert has from QEMU 6.0 on.
+    chosen = _options({**options, "backing_fmt": backing_format})
+    image = _csv(_over(name, format, backing_file, backing_format))
+    return ["--image-opts", "-O", format, "-B", backing_file, *chosen, image]
 
 
 def copy_in(
@@ -143,7 +170,7 @@ def copy_in(
     """
     image = _over(name, format, **backing) if backing else _alone(name, format)
     source = _csv(_part(image, 0, size))
-    _convert(path, size, "-S", "0", "--image-opts", "-O", "qcow2", *_options(options), source, target)
+    _convert(path, size, {"-t": target}, "-S", "0", "--image-opts", "-O", "qcow2", *_options(options), source, target)
 
 
 def copy_tail(
@@ -157,15 +184,43 @@ def copy_tail(
         _csv(_part(_over(image, "qcow2", backing_file, backing_format), start, end - start)) for image in (name, target)
     )
     opened = ["--image-opts", "--target-image-opts", source, goal]
-    _convert(path, end - start, "-n", "--target-is-zero", *opened)
+    _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
 
 
-def _convert(path: str, size: int, *argv: str) -> None:
-    is_told = progress.is_asked_for()
-    command.run(
-        path, "qemu-img", "convert", "-p" if is_told else "-q", *argv,
-        work=2 * size, copied=size if is_told else None,
-    )  # fmt: skip
+def _convert(path: str, size: int, caches: Mapping[str, str], *argv: str) -> None:
+    told = progress.printed(size)
+    quiet = "-q" if told is None else "-p"
+    command.run(path, "qemu-img", "convert", quiet, *_considerate(path, caches), *argv, work=2 * size, told=told)
+
+
+def _considerate(path: str, caches: Mapping[str, str]) -> list[str]:
+    """Say how a copy is made where a pace is to be kept.
+
+    :param caches: the files that are to pass the page cache by, where their filesystem has that: of the target by -t,
+        of the source by -T
+    :raises: QemuImgTooOld
+    """
+    kept = pace.current()
+    if kept is None:
+        return []
+    options = [word for cache, name in caches.items() if _takes_direct(name) for word in (cache, "none")]
+    if kept.rate is None:
+        return options
+    if version(path) < RATE_LIMIT:
+        raise exceptions.QemuImgTooOld(
+            path,
+            "this qemu-img cannot keep a rate as it copies (5.2 or later can)",
+            "Nothing was changed; leave the rate out (--rate), or install QEMU 5.2 or later.",
+        )
+    return [*options, "-r", str(kept.rate)]
+
+
+def _takes_direct(name: str) -> bool:
+    try:
+        os.close(os.open(name, os.O_RDONLY | os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def shrink(path: str, name: str, size: int, *, backing_file: str, backing_format: str) -> None:
@@ -237,19 +292,24 @@ def resize(
     *,
     backing_file: str | None = None,
     backing_format: str | None = None,
+    grown: int = 0,
 ) -> None:
     """Grow an image; qemu-img refuses to shrink it without being told so.
 
     :param backing_file: its absolute path, where the header has a relative one
+    :param grown: bytes that it is longer by afterwards
     """
     image = ["-f", format, f"--preallocation={preallocation}", name]
     if backing_file is not None:
         opened = _csv(_over(name, format, backing_file, str(backing_format)))
         image = ["--image-opts", f"--preallocation={preallocation}", opened]
-    command.run(path, "qemu-img", "resize", "-q", *image, str(size), work=size)
+    told = progress.allocated(name, grown)
+    command.run(path, "qemu-img", "resize", "-q", *image, str(size), work=size, told=told)
 
 
-def resize_over_zeros(path: str, name: str, size: int, zeros: str, preallocation: str, *, flush: bool = True) -> None:
+def resize_over_zeros(
+    path: str, name: str, size: int, zeros: str, preallocation: str, *, grown: int = 0, flush: bool = True
+) -> None:
     """Grow a qcow2 overlay as if its backing file were zeros, a sparse file.
 
     If that has size bytes, QEMU has a backing file to hide from the new part, and
@@ -260,6 +320,7 @@ def resize_over_zeros(path: str, name: str, size: int, zeros: str, preallocation
     what is new shows the true backing file; for an overlay that has just been
     made. The header keeps the true backing file in either case.
 
+    :param grown: bytes that it is longer by afterwards
     :param flush: whether each step has to be on stable storage before the
         next, as for a disk that must survive a crash half way; 40 GiB take
         0.13 s with it, 0.05 s without
@@ -268,7 +329,7 @@ def resize_over_zeros(path: str, name: str, size: int, zeros: str, preallocation
     image = _csv({**_over(name, "qcow2", zeros, "raw"), **caching})
     command.run(
         path, "qemu-img", "resize", "-q", "--image-opts", f"--preallocation={preallocation}", image, str(size),
-        work=size,
+        work=size, told=progress.allocated(name, grown),
     )  # fmt: skip
 
 

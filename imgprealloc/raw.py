@@ -21,7 +21,7 @@ from imgprealloc.format import Treatment
 from imgprealloc.image import DiskImage
 from imgprealloc.layout import Layout
 from imgprealloc.promise import Promise
-from imgprealloc.promise import require_space
+from imgprealloc.replacement import NewFile
 from imgprealloc.settings import Mode
 
 # raw has no metadata, and qemu-img refuses the word for it.
@@ -49,12 +49,21 @@ class Raw(format.Format):
         if self.is_done(image, promise.mode):
             return None
         if not image.copy_on_write:
-            return Treatment(False, functools.partial(self._hold, file, image, promise))
+            return self.holding("fill", file, image, promise, promise.states, written=promise.mode == "full")
         if not promise.nocow:
             return None
         if existing not in ("rewrite", "just_made"):
             raise format.copied_on_write(file.path)
-        return Treatment(True, functools.partial(self._copy, file, image, promise))
+        return Treatment(
+            "rewrite",
+            promise,
+            functools.partial(self._copy, file, image, promise),
+            promise.state,
+            needed=image.virtual_size,
+            freed=format.given_back(file, image.shared_bytes),
+            written=lambda: image.virtual_size if promise.mode == "full" else image.held_size,
+            alone=True,
+        )
 
     def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
         return None
@@ -65,35 +74,43 @@ class Raw(format.Format):
         if backing_file is not None:
             raise exceptions.UnsupportedFormat(place.path, "a raw disk has no backing file", "Create it as qcow2.")
         if promise.mode != "metadata":
-            require_space(place, size)
-        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
-        return self.put(
-            functools.partial(replacement.new, place),
-            Geometry(size),
-            promise,
-            lambda new: qemu_img.create(new.path, new.program_name, size, "raw", options),
-        )
+            promise.require_space(place, size)
+        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.of_qemu]}
+
+        def write(new: NewFile) -> None:
+            qemu_img.create(new.path, new.program_name, size, "raw", options)
+            format.write_out(new, promise)
+
+        return self.put(functools.partial(replacement.new, place), Geometry(size), promise, write)
 
     def grow(self, file: DiskFile, image: DiskImage, size: int, promise: Promise) -> None:
         if promise.mode != "metadata":
-            require_space(file, size - image.virtual_size, file.fd)
-        qemu_img.resize(file.path, file.program_name, size, "raw", _PREALLOCATION[promise.mode])
+            promise.require_space(file, size - image.virtual_size, file.fd)
+        qemu_img.resize(
+            file.path, file.program_name, size, "raw", _PREALLOCATION[promise.of_qemu], grown=size - image.virtual_size
+        )
+        format.write_out(file, promise, start=image.file_size)
+
+    def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        place_for = functools.partial(replacement.replacing, file, image.stamp)
+        return self.put(
+            place_for, Geometry(image.virtual_size), promise,
+            lambda new: qemu_img.convert(
+                file.path, file.program_name, new.program_name, image.virtual_size, "raw", promise.file_options
+            ),
+            thin=True,
+        )  # fmt: skip
 
     def recover(self, file: DiskFile) -> None:
         pass
 
-    def _hold(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        written = promise.mode == "full"
-        return self.hold(file, image, image.file_size, promise, promise.states, written=written)
-
     def _copy(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        require_space(file, image.virtual_size)
-        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.mode]}
-        return self.put(
-            functools.partial(replacement.replacing, file, image.stamp),
-            Geometry(image.virtual_size),
-            promise,
-            lambda new: qemu_img.convert(
-                file.path, file.program_name, new.program_name, image.virtual_size, "raw", options
-            ),
-        )
+        promise.require_space(file, image.virtual_size)
+        options = {**promise.file_options, "preallocation": _PREALLOCATION[promise.of_qemu]}
+        size = image.virtual_size
+
+        def write(new: NewFile) -> None:
+            qemu_img.convert(file.path, file.program_name, new.program_name, size, "raw", options)
+            format.write_out(new, promise)
+
+        return self.put(functools.partial(replacement.replacing, file, image.stamp), Geometry(size), promise, write)

@@ -22,6 +22,8 @@ from imgprealloc import filesystem
 from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import os_errors
+from imgprealloc import promise
+from imgprealloc import sizes
 from imgprealloc.preallocator import Preallocator
 
 LOG = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler]
         if missing and not _is_to_have_it(strategy, file, key, missing, length):
             return 0
         if missing:
-            _fill(file, length, missing, filler)
+            _fill(strategy, file, length, missing, filler)
         _remember(key, length, os.fstat(file.fd).st_blocks)
     log.forget_one("given back", path)
     return missing
@@ -75,7 +77,9 @@ def _is_to_have_it(
 ) -> bool:
     """Whether space was held for a disk, and can be."""
     if key not in _whole and not looks.was_held(*key) and missing > length * _LITTLE:
-        LOG.debug("%s: %d bytes short, which is more than given back; left to its next start", file.path, missing)
+        LOG.debug(
+            "%s: %s short, which is more than given back; left to its next start", file.path, sizes.exact(missing)
+        )
         return False
     is_shared = bool(fallocate.shared(file.program_name))
     if filesystem.copies_on_write(file.fd, is_shared=is_shared):
@@ -83,17 +87,19 @@ def _is_to_have_it(
     return strategy.holds_space(file.path)
 
 
-def _fill(file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]) -> None:
-    available = filesystem.available(file.fd)
+def _fill(
+    strategy: Preallocator, file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]
+) -> None:
+    available = filesystem.room(file.fd, strategy.keep_free)
     if missing > available:
-        raise os_errors.no_space(
-            file.path, f"its guest has given {missing} bytes back, and the filesystem has {available}"
+        raise promise.lacking(
+            file.path, f"its guest has given {sizes.exact(missing)} back", available, strategy.keep_free
         )
     is_ours = os.access(file.path, os.W_OK)
     with fallocate.filling_by(None if is_ours else filler):
         for gap in fallocate.gaps(file.program_name, 0, length):
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
-    LOG.info("%s: %d bytes that its guest had given back are set aside again", file.path, missing)
+    LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
 
 
 def _remember(key: tuple[int, int], length: int, blocks: int) -> None:

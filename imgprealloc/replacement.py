@@ -105,7 +105,7 @@ def replacing(
         flushes takes the rest with it
     :raises: ImageInUse, DiskIsLink, FileInTheWay, CommandFailed
     """
-    _refuse_links(disk)
+    refuse_links(disk)
     lock.refuse_users(disk.path, disk.fd)
     tried: list[bool] = []
 
@@ -289,7 +289,11 @@ def _is_named(place: Place, name: str, fd: int) -> bool:
     return status is not None and os.path.samestat(os.fstat(fd), status)
 
 
-def _refuse_links(disk: DiskFile) -> None:
+def refuse_links(disk: DiskFile) -> None:
+    """Refuse to replace a disk that has more names than one.
+
+    :raises: DiskIsLink
+    """
     if os.path.islink(disk.path) or os.fstat(disk.fd).st_nlink > 1:
         raise exceptions.DiskIsLink(
             disk.path,

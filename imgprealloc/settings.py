@@ -9,23 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Optional, Union
 
 from oslo_utils import units
+
+from imgprealloc import sizes
 
 Mode = Literal["falloc", "full", "metadata"]
 OnUnsupported = Literal["metadata", "full", "error"]
 OverlaySubclusters = Literal["unallocated", "allocated", "copied"]
+KeepFree = Union[int, str]
 
 
-def described(choices: Mapping[Any, str], help: str, *, by_flavor: bool = False) -> dict[str, Any]:
+def described(
+    choices: Optional[Mapping[Any, str]], help: str, *, by_flavor: bool = False, for_existing: Any = None
+) -> dict[str, Any]:
     """Say of a setting what it does.
 
-    :param choices: all the values that it may have, and what each does
+    :param choices: all the values that it may have, and what each does; None for
+        a part of a filesystem, as sizes.part() has it
     :param help: for the operator; its first line is also the command's
     :param by_flavor: whether a flavor may choose for its instances
+    :param for_existing: for a setting that Nova's driver asks for disks that exist
+        alone: the default there, and of the command's verb for these
     """
-    return {"choices": choices, "help": help, "by_flavor": by_flavor}
+    return {"choices": choices, "help": help, "by_flavor": by_flavor, "for_existing": for_existing}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +116,40 @@ writes 4 KiB, and were slower at first writes.
         ),
     )
 
+    # A hundredth: logs, the image cache and the writes of guests that are not preallocated go on. More than 10 GiB
+    # would be lost to disks on a large filesystem, and protect from nothing that 10 GiB do not.
+    keep_free: KeepFree = dataclasses.field(
+        default=0,
+        metadata=described(
+            None,
+            """
+What is left of a filesystem: a size (10G), a part (5%), or the least (1%,10G).
+
+A disk that exists gets no space where less than that would stay
+available to others. At a start, and while its guest runs, it stays as
+it is then, with a warning, and the instance starts all the same. Disks
+that Nova builds, resizes or migrates to this host take what they need,
+as with stock Nova. What a filesystem keeps for root does not count as
+available. 0 leaves nothing.
+""",
+            for_existing="1%,10G",
+        ),
+    )
+
     def __post_init__(self) -> None:
         for field in fields(type(self)):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            if value not in choices:
+            if choices is None:
+                _check_part(field.name, value)
+            elif value not in choices:
                 raise ValueError(f"{field.name} {value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def _check_part(name: str, value: Any) -> None:
+    try:
+        sizes.part(value, 0)
+    except ValueError as exc:
+        raise ValueError(f"{name} {value!r} cannot be: {exc}") from None
 
 
 def by_flavor() -> tuple[dataclasses.Field[Any], ...]:

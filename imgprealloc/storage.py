@@ -16,6 +16,7 @@ import stat
 
 from imgprealloc import mounts
 from imgprealloc import native_thread
+from imgprealloc import sizes
 from imgprealloc import zeros
 
 _SYSFS = "/sys"
@@ -113,7 +114,7 @@ def _thin_loop(folder: str, seen: frozenset[str]) -> str:
         return ""
     held = status.st_blocks * 512
     if held < status.st_size:
-        return f"{name} is the file {path}, which has {held} of its {status.st_size} bytes"
+        return f"{name} is the file {path}, which has {sizes.exact(held)} of its {sizes.exact(status.st_size)}"
     # What is set aside in it may not be held by the storage below that.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import errno
 import os
 import sys
+import time
 
 from oslo_utils import units
 
@@ -20,45 +21,77 @@ from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import lock
 from imgprealloc import native_thread
+from imgprealloc import pace
+from imgprealloc import progress
 from imgprealloc.fallocate import Extent
 
 # So small that whoever waits for the file waits no time that anybody notices.
 _BLOCK = 256 * units.Ki
 
+# Of what a pace is kept for: so much may pile up in the page cache, and be
+# what somebody else's fsync has to wait for.
+_PORTION = 16 * units.Mi
 
-def write(path: str, fd: int) -> None:
+# Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
+# a cluster of the largest size.
+MOST_OF_METADATA = 2 * units.Mi
+
+
+def write(path: str, fd: int, *, start: int = 0) -> None:
     """Write zeros over all that is a hole, or set aside but not written yet.
 
     :param path: the disk, for the error's text
     :param fd: the only descriptor of it that this process has
+    :param start: the byte that it begins at
     :raises: ImageInUse, NoSpace, CommandFailed, also where somebody opens the
         file meanwhile, or the filesystem calls a hole what reads as something else
     """
     lock.refuse_users(path, fd)
-    if native_thread.run(has_unwritten, fd):
-        command.run(
-            path, sys.executable, "-W", "ignore", "-m", __name__, path, work=os.fstat(fd).st_size, stdin=fd
-        )  # fmt: skip
+    if not native_thread.run(lambda: has_unwritten(fd, start=start)):
+        return
+    kept = pace.current()
+    rate = [] if kept is None else [str(kept.rate or 0)]
+    size = os.fstat(fd).st_size
+    command.run(
+        path, sys.executable, "-W", "ignore", "-m", __name__, path, str(start), *rate,
+        work=size, stdin=fd, told=progress.printed(size - start),
+    )  # fmt: skip
 
 
-def has_unwritten(fd: int, *, more_than: int = 0) -> bool:
+def has_unwritten(fd: int, *, more_than: int = 0, start: int = 0) -> bool:
     """Whether a file has more than so many bytes that were not written yet, whether they are held or not."""
     found = 0
-    for hole in _holes(fd):
+    for hole in holes(fd, start):
         found += hole.length
         if found > more_than:
             return True
     return False
 
 
-def _holes(fd: int) -> Iterator[Extent]:
-    """List what is said to read as zeros without having been written.
+def unwritten(fd: int) -> int:
+    """Count the bytes of a file that were not written yet, whether they are held or not."""
+    return sum(hole.length for hole in holes(fd))
+
+
+def forget_reads(fd: int) -> None:
+    """Take out of the page cache what was only read, and let no more in than is asked for.
+
+    lseek(2) calls that data, where it is unwritten in the file. May take seconds.
+    """
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    # Else what lies behind a stretch that is read would come as well.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def holes(fd: int, start: int = 0) -> Iterator[Extent]:
+    """List what is said to read as zeros without having been written, from start on.
 
     By lseek(2) and not by the extent map, which calls data unwritten that is
     still in the page cache.
     """
     end = os.fstat(fd).st_size
-    start = os.lseek(fd, 0, os.SEEK_HOLE) if end else end
+    start = os.lseek(fd, start, os.SEEK_HOLE) if start < end else end
     while start < end:
         try:
             data = os.lseek(fd, start, os.SEEK_DATA)
@@ -91,40 +124,85 @@ def written(fd: int, unit: int) -> Iterator[tuple[int, int]]:
         position = last * unit
 
 
-def _fill(path: str, fd: int) -> None:
-    """Write zeros into the holes of an open file, each block once it has been read.
+def require_zeros(path: str, fd: int, position: int, length: int) -> None:
+    """Read what is said to read as zeros.
 
     lseek(2) is not believed: it has called dirty data a hole (OpenZFS 15526).
+
+    :raises: FileError where it has something in it
+    """
+    if os.pread(fd, length, position) == bytes(length):
+        return
+    kind = filesystem.type_of(fd)
+    raise exceptions.FileError(
+        path,
+        f"the {kind} filesystem has called a hole what is none, at byte {position}, or somebody has written there "
+        "just now",
+        "Nothing was written over it. If nobody had the disk open, save a copy of it, and look into the kernel's log.",
+        errno.EIO,
+    )
+
+
+class _Paced:
+    """Writes blocks as fast as it may, and lets no more pile up than the next one's fsync can wait for.
+
+    :param rate: bytes a second; 0 for no limit
+    """
+
+    def __init__(self, fd: int, rate: int) -> None:
+        self._fd = fd
+        self._rate = rate
+        self._began = time.monotonic()
+        self._done = 0
+        self._piled = 0
+
+    def written(self, length: int) -> None:
+        """Take a rest after so many bytes, where that is due."""
+        self._done += length
+        self._piled += length
+        if self._piled >= _PORTION:
+            os.fdatasync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._piled = 0
+        if self._rate:
+            time.sleep(max(0, self._began + self._done / self._rate - time.monotonic()))
+
+
+class _Unpaced:
+    """Writes blocks as fast as the kernel takes them."""
+
+    def written(self, length: int) -> None:
+        """Go on."""
+
+
+def _fill(path: str, fd: int, start: int, pace: _Paced | _Unpaced) -> None:
+    """Write zeros into the holes of an open file, each block once it has been read.
 
     :raises: ImageInUse when somebody wants to open the file, FileError for a
         hole that has something in it
     """
     zeros = bytes(_BLOCK)
+    printer = progress.Printer(os.fstat(fd).st_size - start)
     with lock.sole_opener(path, fd) as refuse_others:
-        for hole in _holes(fd):
+        forget_reads(fd)
+        for hole in holes(fd, start):
             position = hole.start
             while position < hole.end:
                 refuse_others()
                 block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
-                if os.pread(fd, len(block), position) != block:
-                    kind = filesystem.type_of(fd)
-                    raise exceptions.FileError(
-                        path,
-                        f"the {kind} filesystem has called a hole what is none, at byte {position}, or somebody has "
-                        "written there just now",
-                        "Nothing was written over it. If nobody had the disk open, save a copy of it, and look into "
-                        "the kernel's log.",
-                        errno.EIO,
-                    )
-                position += os.pwrite(fd, block, position)
+                require_zeros(path, fd, position, len(block))
+                length = os.pwrite(fd, block, position)
+                position += length
+                printer.tell(position - start)
+                pace.written(length)
         os.fdatasync(fd)
 
 
-def _main(path: str, fd: int = 0) -> int:
+def _main(path: str, fd: int = 0, start: int = 0, rate: int | None = None) -> int:
     """Do what write() asks for, on standard input, and keep QEMU out meanwhile: this process may outlive the other."""
     try:
         with lock.no_writer(path, fd):
-            _fill(path, fd)
+            _fill(path, fd, start, _Unpaced() if rate is None else _Paced(fd, rate))
     except exceptions.PreallocationError as exc:
         print(exc.reason, file=sys.stderr)
         return 1
@@ -135,4 +213,4 @@ def _main(path: str, fd: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))
+    sys.exit(_main(sys.argv[1], 0, *map(int, sys.argv[2:])))

@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 
 _MKFS = {
-    "ext4": ["mkfs.ext4", "-q", "-F", "-m", "0"],
-    "ext2": ["mkfs.ext2", "-q", "-F", "-m", "0"],
+    "ext4": ["mkfs.ext4", "-q", "-F"],
+    "ext2": ["mkfs.ext2", "-q", "-F"],
     "xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"],
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
@@ -24,12 +24,13 @@ COMMON = ("ext4", "xfs")
 
 
 @contextlib.contextmanager
-def mounted(kind: str, size: int, *, sector_size: int = 512) -> Iterator[str]:
+def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) -> Iterator[str]:
     """Make a filesystem, mount it, and unmount and remove it afterwards.
 
     :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
     :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
     :param sector_size: bytes, of the device that it is on
+    :param reserved: percent that ext4 keeps for root; mkfs's own choice is 5
     :returns: the mount point
     """
     with (
@@ -45,7 +46,7 @@ def mounted(kind: str, size: int, *, sector_size: int = 512) -> Iterator[str]:
             with open(image, "wb") as file:
                 file.truncate(size)
             device = image if sector_size == 512 else stack.enter_context(_attached(image, sector_size))
-            _run([*_MKFS[kind], device])
+            _run([*_MKFS[kind], *(["-m", str(reserved)] if kind in ("ext4", "ext2") else []), device])
             # -t, because ext4's driver would mount ext2 otherwise.
             what = ["-t", kind, *(["-o", "loop"] if device == image else []), device]
         with _mounted(what, mount_point):

@@ -15,7 +15,7 @@ _imgprealloc() {
     fi
     for word in "${COMP_WORDS[@]:1:COMP_CWORD - 1}"; do
         case $word in
-            allocate | check | check-nova | complete | create | help | metrics | resize | show) verb=${verb:-$word} ;;
+            allocate | check | check-nova | complete | create | help | metrics | resize | show | thin) verb=${verb:-$word} ;;
             # After that there are no more options.
             --) previous=-- ;;
         esac
@@ -23,16 +23,16 @@ _imgprealloc() {
     case $verb in
         "")
             options="--debug --help --log-file --quiet --verbose --version -h -q -v"
-            words="allocate check check-nova complete create help metrics resize show"
+            words="allocate check check-nova complete create help metrics resize show thin"
             case $previous in
                 --log-file) is_value=yes words= files=yes ;;
             esac
             ;;
         allocate)
-            options="--column --disk-format --fit-width --format --help --long --max-width --mode \
-            --noindent --on-unsupported --overlay-cluster-size --overlay-subclusters \
-            --print-empty --quote --rewrite --sort-ascending --sort-column --sort-descending -c \
-            -f -h"
+            options="--column --disk-format --dry-run --fit-width --format --help --keep-free --long \
+            --max-width --mode --noindent --on-unsupported --overlay-cluster-size \
+            --overlay-subclusters --print-empty --quote --rate --rewrite --sort-ascending \
+            --sort-column --sort-descending -c -f -h"
             files=yes
             case $previous in
                 -f | --format) is_value=yes words="csv json table value yaml" files= ;;
@@ -41,10 +41,12 @@ _imgprealloc() {
                 --max-width) is_value=yes words="" files= ;;
                 --sort-column) is_value=yes words="" files= ;;
                 --disk-format) is_value=yes words="qcow2 raw" files= ;;
+                --rate) is_value=yes words="" files= ;;
                 --mode) is_value=yes words="falloc full metadata" files= ;;
                 --on-unsupported) is_value=yes words="metadata full error" files= ;;
                 --overlay-subclusters) is_value=yes words="unallocated allocated copied" files= ;;
                 --overlay-cluster-size) is_value=yes words="16K 32K 64K 128K 256K 512K 1M 2M" files= ;;
+                --keep-free) is_value=yes words="" files= ;;
             esac
             ;;
         check)
@@ -75,10 +77,10 @@ _imgprealloc() {
             esac
             ;;
         create)
-            options="--backing --backing-format --column --disk-format --fit-width --format --help --long \
-            --max-width --mode --noindent --on-unsupported --overlay-cluster-size \
-            --overlay-subclusters --print-empty --quote --sort-ascending --sort-column \
-            --sort-descending -c -f -h"
+            options="--backing --backing-format --column --disk-format --fit-width --format --help \
+            --keep-free --long --max-width --mode --noindent --on-unsupported \
+            --overlay-cluster-size --overlay-subclusters --print-empty --quote --rate \
+            --sort-ascending --sort-column --sort-descending -c -f -h"
             files=yes
             case $previous in
                 -f | --format) is_value=yes words="csv json table value yaml" files= ;;
@@ -87,17 +89,19 @@ _imgprealloc() {
                 --max-width) is_value=yes words="" files= ;;
                 --sort-column) is_value=yes words="" files= ;;
                 --disk-format) is_value=yes words="qcow2 raw" files= ;;
+                --rate) is_value=yes words="" files= ;;
                 --mode) is_value=yes words="falloc full metadata" files= ;;
                 --on-unsupported) is_value=yes words="metadata full error" files= ;;
                 --overlay-subclusters) is_value=yes words="unallocated allocated copied" files= ;;
                 --overlay-cluster-size) is_value=yes words="16K 32K 64K 128K 256K 512K 1M 2M" files= ;;
+                --keep-free) is_value=yes words="" files= ;;
                 --backing) is_value=yes words= files=yes ;;
                 --backing-format) is_value=yes words="" files= ;;
             esac
             ;;
         help)
             options="--help -h"
-            words="allocate check check-nova complete create help metrics resize show"
+            words="allocate check check-nova complete create help metrics resize show thin"
             ;;
         metrics)
             options="--disk-format --help --output -h -o"
@@ -108,9 +112,10 @@ _imgprealloc() {
             esac
             ;;
         resize)
-            options="--column --disk-format --fit-width --format --help --long --max-width --mode \
-            --noindent --on-unsupported --overlay-cluster-size --overlay-subclusters \
-            --print-empty --quote --sort-ascending --sort-column --sort-descending -c -f -h"
+            options="--column --disk-format --fit-width --format --help --keep-free --long --max-width \
+            --mode --noindent --on-unsupported --overlay-cluster-size --overlay-subclusters \
+            --print-empty --quote --rate --sort-ascending --sort-column --sort-descending -c -f \
+            -h"
             files=yes
             case $previous in
                 -f | --format) is_value=yes words="csv json table value yaml" files= ;;
@@ -119,10 +124,12 @@ _imgprealloc() {
                 --max-width) is_value=yes words="" files= ;;
                 --sort-column) is_value=yes words="" files= ;;
                 --disk-format) is_value=yes words="qcow2 raw" files= ;;
+                --rate) is_value=yes words="" files= ;;
                 --mode) is_value=yes words="falloc full metadata" files= ;;
                 --on-unsupported) is_value=yes words="metadata full error" files= ;;
                 --overlay-subclusters) is_value=yes words="unallocated allocated copied" files= ;;
                 --overlay-cluster-size) is_value=yes words="16K 32K 64K 128K 256K 512K 1M 2M" files= ;;
+                --keep-free) is_value=yes words="" files= ;;
             esac
             ;;
         show)
@@ -139,6 +146,21 @@ _imgprealloc() {
                 --disk-format) is_value=yes words="qcow2 raw" files= ;;
                 --state) is_value=yes words="thin reserved mapped preallocated error" files= ;;
                 -o | --output) is_value=yes words= files=yes ;;
+            esac
+            ;;
+        thin)
+            options="--column --disk-format --fit-width --format --help --long --max-width --noindent \
+            --print-empty --quote --rate --rewrite --sort-ascending --sort-column \
+            --sort-descending -c -f -h"
+            files=yes
+            case $previous in
+                -f | --format) is_value=yes words="csv json table value yaml" files= ;;
+                -c | --column) is_value=yes words="" files= ;;
+                --quote) is_value=yes words="all minimal none nonnumeric" files= ;;
+                --max-width) is_value=yes words="" files= ;;
+                --sort-column) is_value=yes words="" files= ;;
+                --disk-format) is_value=yes words="qcow2 raw" files= ;;
+                --rate) is_value=yes words="" files= ;;
             esac
             ;;
     esac

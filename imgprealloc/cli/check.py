@@ -11,6 +11,7 @@ import collections
 from typing import get_args
 
 from imgprealloc import healing
+from imgprealloc import sizes
 from imgprealloc.cli import working
 from imgprealloc.image import State
 
@@ -56,7 +57,9 @@ class Check(working.Working):
         said = [f"{number} {state}" for state, number in states.most_common()]
         said += [f"{errors} cannot be read"] if errors else []
         said += [
-            f"{each.mount_point} has {each.available} bytes, and its disks are {each.short} short" for each in full
+            f"{each.mount_point} has {sizes.readable(each.available)}, and its disks are "
+            f"{sizes.readable(each.short)} short"
+            for each in full
         ]
         data = {"short": f"{sum(each.short for each in found)}B", "errors": errors}
         data.update({state: states[state] for state in get_args(State)})

@@ -25,12 +25,15 @@ class Create(disks.Allocating):
         """Create the disk; qcow2 unless --disk-format says raw."""
 
         def work(path: str) -> DiskImage:
-            return self.preallocator(parsed_args).create(
-                path,
-                parsed_args.size,
-                parsed_args.backing,
-                format=parsed_args.disk_format,
-                backing_format=parsed_args.backing_format,
-            )
+            with self.progress_bar(1).of(path) as progress:
+                return self.preallocator(parsed_args).create(
+                    path,
+                    parsed_args.size,
+                    parsed_args.backing,
+                    format=parsed_args.disk_format,
+                    backing_format=parsed_args.backing_format,
+                    progress=progress,
+                    pace=self.pace(parsed_args),
+                )
 
         return self.shown(self.each([parsed_args.path], work), parsed_args)

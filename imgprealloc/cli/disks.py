@@ -7,9 +7,9 @@ import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
-import decimal
+import dataclasses
+import io
 import os
-import re
 from typing import Any
 
 from cliff import lister
@@ -18,12 +18,12 @@ from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import settings
+from imgprealloc import sizes
 from imgprealloc.cli import working
+from imgprealloc.cli.progress_bar import ProgressBar
 from imgprealloc.cli.working import Outcome
+from imgprealloc.pace import Pace
 from imgprealloc.preallocator import Preallocator
-
-_UNITS = {"": 1, "K": units.Ki, "M": units.Mi, "G": units.Gi, "T": units.Ti, "P": units.Pi, "E": units.Ei}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPE]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 
 _SIZES = ("virtual_size", "file_size", "allocated_size", "shared_bytes", "shortfall")
 _COLUMNS = (
@@ -75,15 +75,7 @@ class Size(FormattableColumn):  # type: ignore[misc, type-arg]
 
     def human_readable(self) -> str:
         """Return the size with four digits and a binary unit."""
-        size, unit = float(self._value), "bytes"
-        for larger in ("KiB", "MiB", "GiB", "TiB"):
-            if size >= units.Ki:
-                size, unit = size / units.Ki, larger
-        return f"{size:.4g} {unit}"
-
-    def __lt__(self, other: object) -> bool:
-        """Sort by the bytes; cliff's own cannot in its oldest releases."""
-        return isinstance(other, Size) and self._value < other._value
+        return sizes.readable(self._value)
 
 
 class State(FormattableColumn):  # type: ignore[misc, type-arg]
@@ -92,10 +84,6 @@ class State(FormattableColumn):  # type: ignore[misc, type-arg]
     def human_readable(self) -> str:
         """Return the state, or that there was an error."""
         return str(self._value or "error")
-
-    def __lt__(self, other: object) -> bool:
-        """Sort also those that have none."""
-        return isinstance(other, State) and self.human_readable() < other.human_readable()
 
 
 class Disks(working.Working, lister.Lister):
@@ -112,10 +100,10 @@ class Disks(working.Working, lister.Lister):
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show the disks, and return the exit status."""
         self.status = 0
-        self._outcomes: list[Outcome] = []
+        self.summary: list[str] = []
         super().run(parsed_args)
         if parsed_args.formatter == "table":
-            for line in _summary(self._outcomes):
+            for line in self.summary:
                 self.app.stdout.write(f"{line}\n")
         return self.status
 
@@ -128,43 +116,77 @@ class Disks(working.Working, lister.Lister):
         is_downwards = getattr(parsed_args, "sort_direction", None) == "desc"
         for place in (places.get(_plain(column)) for column in reversed(parsed_args.sort_columns)):
             if place is not None:
-                rows.sort(key=lambda row: (row[place] is None, row[place]), reverse=is_downwards)
+                rows.sort(key=lambda row: _order(row[place]), reverse=is_downwards)
         return super().produce_output(parsed_args, names, rows)
 
     def shown(
         self, outcomes: list[Outcome], parsed_args: argparse.Namespace
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Make a table of what became of disks, for whoever is to read it."""
-        self._outcomes = outcomes
+        self.summary = list(_summary(outcomes))
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-        return tuple(columns), [
-            tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes
-        ]
+        rows = [tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes]
+        return tuple(columns), rows
 
     def _cell(self, outcome: Outcome, column: str) -> Any:
+        """Return what a table, or a machine, is to have of a disk."""
         if column != "name":
-            return _cell(outcome, column)
+            return cell(outcome, column)
         domain = self.domains.get(outcome.instance or "")
         # Whoever owns the instance may have called it anything.
         return exceptions.on_one_line(domain.name) if domain is not None and domain.name is not None else None
 
 
-class Allocating(Disks):
+class Paced(Disks):
+    """A command that may write much, and thinks of the others on the same storage."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--rate",
+            type=_rate,
+            metavar="SIZE",
+            help="bytes a second that copies and zeros (mode full) are written at the most; they pass the page cache "
+            "by and have the idle I/O priority in any case, as far as the system has these (default: no limit)",
+        )
+        return parser
+
+    def progress_bar(self, count: int) -> ProgressBar:
+        """Return what tells on stderr how far the work on so many disks is."""
+        stream = self.app.stderr if self.app.options.verbose_level else io.StringIO()
+        return ProgressBar(stream, count, lambda size: Size(size).human_readable())
+
+    @staticmethod
+    def pace(parsed_args: argparse.Namespace) -> Pace:
+        """Return how others are thought of."""
+        return Pace(parsed_args.rate)
+
+
+class Allocating(Paced):
     """A command that preallocates, and so has an option for each setting."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         for field in settings.fields():
-            choices = field.metadata["choices"]
-            default: Any = field.default
+            choices, summary = field.metadata["choices"], field.metadata["help"].strip().splitlines()[0]
+            default: Any = self.default(field)
+            if choices is None:
+                parser.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    type=part,
+                    default=default,
+                    metavar="SIZE",
+                    help=f"{summary} (default: {default})".replace("%", "%%"),
+                )
+                continue
             if isinstance(default, bool):
                 parser.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     action=argparse.BooleanOptionalAction,
                     default=default,
-                    help=field.metadata["help"].strip().splitlines()[0],
+                    help=summary,
                 )
                 continue
             is_size = isinstance(default, int)
@@ -175,9 +197,14 @@ class Allocating(Disks):
                 choices=tuple(choices),
                 default=default,
                 metavar="SIZE" if is_size else None,
-                help=f"{field.metadata['help'].strip().splitlines()[0]} (default: {shown})",
+                help=f"{summary} (default: {shown})",
             )
         return parser
+
+    @staticmethod
+    def default(field: dataclasses.Field[Any]) -> Any:
+        """Return what a setting is where nothing else is asked for."""
+        return field.default
 
     @staticmethod
     def preallocator(parsed_args: argparse.Namespace) -> Preallocator:
@@ -186,15 +213,22 @@ class Allocating(Disks):
 
 
 def size(text: str) -> int:
-    """Parse a size as qemu-img does: bytes, or with K, M, G, T, P, E for powers of 1024.
+    """Parse an argument that is a size, as sizes.parse() does.
 
     :raises: argparse.ArgumentTypeError
     """
-    found = _SIZE.fullmatch(text)
-    bytes = decimal.Decimal(found[1]) * _UNITS[found[2].upper()] if found else decimal.Decimal("NaN")
-    if bytes != bytes.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10737418240, 512M or 1.5G")
-    return int(bytes)
+    try:
+        return sizes.parse(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _order(cell: Any) -> tuple[bool, Any]:
+    """Return what a cell is sorted by; those with nothing in them come last, but for a state there is a word."""
+    value = cell
+    if isinstance(cell, FormattableColumn):
+        value = cell.human_readable() if isinstance(cell, State) else cell.machine_readable()
+    return value is None, value
 
 
 def _plain(column: str) -> str:
@@ -202,7 +236,27 @@ def _plain(column: str) -> str:
     return column.lower().replace("_", " ")
 
 
-def _cell(outcome: Outcome, column: str) -> Any:
+def part(text: str) -> str:
+    """Parse an argument that is a part of a filesystem, as sizes.part() does.
+
+    :raises: argparse.ArgumentTypeError
+    """
+    try:
+        sizes.part(text, 0)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def _rate(text: str) -> int:
+    """Parse a number of bytes a second."""
+    rate = size(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("at 0 bytes a second nothing would ever be done")
+    return rate
+
+
+def cell(outcome: Outcome, column: str) -> Any:
     """Return what a table, or a machine, is to have of a disk."""
     if column == "instance":
         return outcome.instance
@@ -222,5 +276,5 @@ def _summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """Say of each filesystem what its disks are, and whether it has what they are short of."""
     for found in working.by_filesystem(outcomes):
         counts = ", ".join(f"{number} {state}" for state, number in found.states.most_common())
-        short, available = (Size(size).human_readable() for size in (found.short, found.available))
+        short, available = sizes.readable(found.short), sizes.readable(found.available)
         yield f"{found.mount_point}: {counts}; {short} short, {available} available"

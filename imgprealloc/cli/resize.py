@@ -23,6 +23,13 @@ class Resize(disks.Allocating):
         """Grow the disk."""
 
         def work(path: str) -> DiskImage:
-            return self.preallocator(parsed_args).resize(path, parsed_args.size, format=parsed_args.disk_format)
+            with self.progress_bar(1).of(path) as progress:
+                return self.preallocator(parsed_args).resize(
+                    path,
+                    parsed_args.size,
+                    format=parsed_args.disk_format,
+                    progress=progress,
+                    pace=self.pace(parsed_args),
+                )
 
         return self.shown(self.each([parsed_args.path], work), parsed_args)

@@ -8,8 +8,6 @@ import contextlib
 import os
 from typing import Any, get_args
 
-from oslo_utils import units
-
 from imgprealloc import backing
 from imgprealloc import disk_file
 from imgprealloc import exceptions
@@ -17,6 +15,7 @@ from imgprealloc import log
 from imgprealloc import mounts
 from imgprealloc import presence
 from imgprealloc import replacement
+from imgprealloc import sizes
 from imgprealloc import storage
 from imgprealloc import zeros
 from imgprealloc.cli import abreast
@@ -29,10 +28,6 @@ from imgprealloc.image import State
 from imgprealloc.preallocator import Preallocator
 
 _NOT_PREALLOCATED = 3
-
-# Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
-# a cluster of the largest size.
-_NOT_THE_GUEST_S = 2 * units.Mi
 
 
 class Show(disks.Disks):
@@ -117,7 +112,7 @@ def _tell_thin_storage(path: str) -> None:
     """Warn, once a filesystem, of storage that does not hold what a disk on it has set aside and not written."""
     with _nothing_to_tell(), disk_file.opened(path) as file:
         thin = storage.thin_below(file.fd)
-        if thin and zeros.has_unwritten(file.fd, more_than=_NOT_THE_GUEST_S):
+        if thin and zeros.has_unwritten(file.fd, more_than=zeros.MOST_OF_METADATA):
             mount = mounts.of(file.fd)
             log.warn_once(
                 "thin storage",
@@ -145,6 +140,6 @@ def _tell_leftovers(path: str) -> None:
             log.warn_once(
                 "left",
                 left.path,
-                f"left by an imgprealloc that was killed, {left.size} bytes; "
+                f"left by an imgprealloc that was killed, {sizes.exact(left.size)}; "
                 f"imgprealloc allocate {path}, or the instance's next start, removes it",
             )

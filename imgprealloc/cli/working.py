@@ -31,7 +31,9 @@ from imgprealloc.image import State
 from imgprealloc.preallocator import FORMATS
 from imgprealloc.preallocator import Preallocator
 
-_PATHS = "a disk, or a folder with disks, or with instances, in it (default: all instances of this host, by nova.conf)"
+GIVEN_PATHS = "a disk, or a folder with disks, or with instances, in it"
+_GONE = "cannot be looked at any more"
+_PATHS = f"{GIVEN_PATHS} (default: all instances of this host, by nova.conf)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +125,14 @@ class Working(command.Command):
         *,
         at_once: int = 1,
         lack: Callable[[DiskImage], Optional[str]] = lambda image: None,
+        asked: Optional[int] = None,
     ) -> list[Outcome]:
         """Work on the disks; an error with one does not keep the rest from it.
 
         :param at_once: how many may be worked on at the same time
         :param lack: says of a disk that has been worked on what of the request is
             not done
+        :param asked: how many disks were asked for, where some are left out
         """
         outcomes = []
         with contextlib.closing(abreast.in_order(work, paths, min(at_once, len(paths)))) as results:
@@ -137,15 +141,20 @@ class Working(command.Command):
                 try:
                     image = next(results)()
                     error = lack(image)
-                    if error is not None:
-                        error = f"{path}: {error}"
-                        self._tell(error)
-                    outcomes.append(Outcome(path, image, error))
+                    if error is None:
+                        outcomes.append(Outcome(path, image, None))
+                    else:
+                        outcomes.append(self.not_done(path, image, f"{path}: {error}"))
                 except (exceptions.PreallocationError, OSError) as exc:
-                    self._tell(exc)
-                    outcomes.append(Outcome(path, None, str(exc)))
+                    # One that lacks a part of what was asked for has been read.
+                    outcomes.append(self.not_done(path, getattr(exc, "image", None), exc))
                 except signals.Stopped as stopped:
-                    stopped.notes.append(f"{path} {_became(before, _stamp(path))}")
+                    became = _became(before, _stamp(path))
+                    stopped.notes.append(f"{path} {became}")
+                    if at_once == 1 and (asked or len(paths)) > 1:
+                        done = sum(outcome.error is None for outcome in outcomes)
+                        stopped.notes.insert(0, f"{done} of {asked or len(paths)} disks done")
+                        stopped.notes += [] if became == _GONE else ["all disks are whole"]
                     raise
         return outcomes
 
@@ -156,6 +165,11 @@ class Working(command.Command):
             return Preallocator().inspect(path, format=parsed_args.disk_format)
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
+
+    def not_done(self, path: str, image: Optional[DiskImage], error: object) -> Outcome:
+        """Tell why what was asked for is not done to a disk, by the exit status, too."""
+        self._tell(error)
+        return Outcome(path, image, str(error))
 
     def _tell(self, error: object) -> None:
         self.status = 1
@@ -202,7 +216,7 @@ def _became(before: Optional[FileStamp], after: Optional[FileStamp]) -> str:
     if before is None:
         return "is made, and whole"
     if after is None:
-        return "cannot be looked at any more"
+        return _GONE
     if before.inode != after.inode:
         return "is done: the new file has its place, with the same content"
     return "has its content, and is not done: what was under way in it has been cut short; give the command again"

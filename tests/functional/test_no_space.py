@@ -18,9 +18,7 @@ from functional import kinds
 from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
-from imgprealloc import format
-from imgprealloc import qcow2
-from imgprealloc import raw
+from imgprealloc.promise import Promise
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -102,8 +100,7 @@ def small(kind: str, disks: pathlib.Path) -> Iterator[pathlib.Path]:
 @pytest.fixture
 def taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the space seem to be there when it is asked for, as if another process had taken it just then."""
-    for module in (format, raw, qcow2):
-        monkeypatch.setattr(module, "require_space", lambda place, needed, fd=None: None)
+    monkeypatch.setattr(Promise, "require_space", lambda self, place, needed, fd=None: None)
 
 
 def files_in(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

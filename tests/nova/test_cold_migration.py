@@ -109,6 +109,21 @@ def test_resize_heals_the_copies_and_grows_them_preallocated(
     assert node.changed(instance, kept) == []
 
 
+@KINDS
+def test_disks_that_arrive_or_grow_take_what_they_need_whatever_is_to_be_kept_free(
+    host: Callable[..., Host], neighbour: str, kind: str
+) -> None:
+    node = host(libvirt__images_type=kind, imgprealloc__keep_free="100%")
+    instance = node.spawn(node.instance())
+    disk_info = _migrate(node, instance, "rsync", neighbour, compute_host.flavor(root_gb=2))
+    assert "preallocated" not in _copied(node, instance)
+
+    node.finish_migration(instance, disk_info)
+
+    assert node.states(instance) == all_disks("preallocated")
+    assert node.inspect(instance).virtual_size == 2 * units.Gi
+
+
 def test_stock_resize_leaves_the_copies_thin(host: Callable[..., Host], neighbour: str) -> None:
     # The control.
     node = host(preallocated=False, libvirt__images_type="qcow2")

@@ -108,6 +108,17 @@ def _arriving(host: Callable[..., Host], kind: str, **options: Any) -> tuple[Hos
     return node, instance
 
 
+@KINDS
+def test_disks_that_arrive_take_what_they_need_whatever_is_to_be_kept_free(
+    host: Callable[..., Host], kind: str
+) -> None:
+    node, instance = _arriving(host, kind, imgprealloc__keep_free="100%")
+
+    node.arrived(instance)
+
+    assert node.states(instance) == all_disks("preallocated")
+
+
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @KINDS
 def test_holes_that_the_mirror_made_are_filled_while_the_guest_runs(

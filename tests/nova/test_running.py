@@ -111,6 +111,19 @@ def test_space_that_a_running_guest_has_given_back_is_set_aside_again(node: Call
     assert here.host.changed(here.instance, kept) == []
 
 
+@KINDS
+def test_what_others_are_to_keep_is_not_given_to_a_guest_again(
+    node: Callable[..., Node], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = node(kind, imgprealloc__keep_free="100%")
+    before = here.states
+
+    here.round()
+
+    assert here.states == before
+    assert "beside what is to be kept free" in caplog.text
+
+
 @pytest.mark.parametrize("existing_disks", ["reserve", "rewrite"])
 def test_disk_of_a_running_guest_is_neither_replaced_nor_longer_afterwards(
     node: Callable[..., Node], existing_disks: str

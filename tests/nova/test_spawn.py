@@ -131,7 +131,7 @@ def test_build_without_space_is_rescheduled_and_leaves_no_file(host: Callable[..
     node = host(libvirt__images_type=kind)
     instance = node.instance(compute_host.flavor(root_gb=500))
 
-    with pytest.raises(exception.RescheduledException, match=r"No space left|needs .* bytes more"):
+    with pytest.raises(exception.RescheduledException, match=r"No space left|needs .* bytes\) more"):
         _build(node, instance)
 
     assert not os.path.exists(os.path.dirname(node.disk(instance)))

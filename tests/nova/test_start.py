@@ -45,6 +45,18 @@ def _full(directory: str) -> Iterator[None]:
         os.unlink(filler)
 
 
+@contextlib.contextmanager
+def _filled(directory: str, leave: int) -> Iterator[None]:
+    """Take the space of the filesystem that a folder is on, but for so many bytes."""
+    filler = os.path.join(directory, "filler")
+    try:
+        with open(filler, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, filesystem.available(directory) - leave)
+        yield
+    finally:
+        os.unlink(filler)
+
+
 @KINDS
 def test_start_fills_the_holes_of_disks_and_replaces_none(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind)
@@ -247,6 +259,52 @@ def test_start_without_preallocation_looks_at_no_disk_more_than_stock_nova(
     assert done_by(host(**options)) == done_by(host(preallocated=False, **options))
 
 
+# Of 100 % nothing may be taken, however much there is.
+
+
+@KINDS
+def test_start_leaves_disks_as_they_are_where_others_are_to_keep_the_space(
+    host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = host(libvirt__images_type=kind, imgprealloc__keep_free="100%")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+    domain = node.domains[instance.uuid]
+
+    for _ in range(2):
+        node.start(instance)
+
+    assert node.states(instance) == all_disks(LOST[kind])
+    assert node.domains[instance.uuid] is not domain
+    assert "beside what is to be kept free (100%)" in caplog.text
+    assert [caplog.text.count(f"{node.disk(instance, name)}: not preallocated") for name in DISKS] == [1, 1, 1]
+
+
+@KINDS
+def test_build_takes_what_it_needs_whatever_is_to_be_kept_free(host: Callable[..., Host], kind: str) -> None:
+    node = host(libvirt__images_type=kind, imgprealloc__keep_free="100%")
+
+    assert node.states(node.spawn(node.instance())) == all_disks("preallocated")
+
+
+@KINDS
+def test_space_is_taken_at_a_start_where_enough_is_left_for_others(host: Callable[..., Host], kind: str) -> None:
+    # With 3 GiB free, less than the disks lack.
+    node = host(libvirt__images_type=kind, imgprealloc__keep_free="1G")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    with _filled(node.path, 5 * units.Gi // 2):
+        node.start(instance)
+        states, available = node.states(instance), filesystem.available(node.path)
+
+    # The first one and swap fit, the other one does not.
+    assert sorted(states.values()) == sorted([LOST[kind], "preallocated", "preallocated"])
+    assert available >= units.Gi
+
+
 def _resume(node: Host, instance: compute_host.Instance) -> None:
     xml = node.domains[instance.uuid].xml
     node.driver._get_existing_domain_xml = lambda *_: xml
@@ -289,6 +347,21 @@ def test_holes_are_filled_where_nova_starts_a_guest_without_looking_after_its_di
     assert node.states(instance) == all_disks("preallocated")
     assert node.inodes(instance) == before
     assert node.changed(instance, kept) == []
+
+
+@PAST_CACHE
+@KINDS
+def test_such_a_start_takes_nothing_of_what_others_are_to_keep(
+    host: Callable[..., Host], kind: str, start: Callable[..., None]
+) -> None:
+    node = host(libvirt__images_type=kind, imgprealloc__keep_free="100%")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    start(node, instance)
+
+    assert node.states(instance) == all_disks(LOST[kind])
 
 
 @PAST_CACHE

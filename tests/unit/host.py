@@ -52,7 +52,11 @@ _READERS = ("info", "check", "map", "--version")
 
 
 # By their modules.
-_OWN_PROCESSES = {"imgprealloc.zeros": "zeros", "imgprealloc.fallocate": "unshare"}
+_OWN_PROCESSES = {
+    "imgprealloc.zeros": "zeros",
+    "imgprealloc.fallocate": "unshare",
+    "imgprealloc.punching": "punch",
+}
 
 # coreutils' timeout, which each program is started by.
 _TIMEOUT = ("timeout", "--foreground")
@@ -69,6 +73,7 @@ class Call:
     :param stdin: the file that it gets as its standard input
     :param limits: what it runs under, as prlimit's options; None without prlimit
     :param is_over_zeros: whether it grows an image as if its backing file were zeros
+    :param is_idle: whether it has the idle I/O priority
     """
 
     argv: tuple[str, ...]
@@ -78,6 +83,7 @@ class Call:
     is_over_zeros: bool = False
     stdin: os.stat_result | None = None
     limits: tuple[str, ...] | None = None
+    is_idle: bool = False
 
     @property
     def name(self) -> str:
@@ -148,7 +154,8 @@ class Programs(fixtures.Fixture):
 
     def _execute(self, *words: str, **kwargs: Any) -> tuple[str, str]:
         assert (words[:2], words[2].partition("=")[0]) == (_TIMEOUT, "--kill-after")
-        limits, argv = _unlimited(words[4:])
+        is_idle = words[4:8] == ("ionice", "-c", "3", "-t")
+        limits, argv = _unlimited(words[8:] if is_idle else words[4:])
         stdin = kwargs["preexec_fn"].__self__.stdin
         call = Call(
             argv,
@@ -158,6 +165,7 @@ class Programs(fixtures.Fixture):
             _is_over_zeros(argv),
             None if stdin is None else os.fstat(stdin),
             limits,
+            is_idle,
         )
         self.calls.append(call)
         for program in ("timeout", argv[0]) if limits is None else ("timeout", "prlimit", argv[0]):
@@ -193,6 +201,15 @@ def _unlimited(words: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[st
 def _is_over_zeros(argv: tuple[str, ...]) -> bool:
     """Whether an image is opened over a stand-in for its backing file, and that is not empty."""
     return "--image-opts" in argv and _stand_in_size(csv(argv[-2])) > 0
+
+
+def _write_out(path: str, start: int, end: int) -> None:
+    """Write zeros between start and end where nothing is written, as in mode full."""
+    with open(path, "r+b") as file:
+        for hole in zeros.holes(file.fileno(), start):
+            os.pwrite(file.fileno(), bytes(max(0, min(hole.end, end) - hole.start)), hole.start)
+        # Or the blocks that the file takes would change once more.
+        os.fdatasync(file.fileno())
 
 
 def _stand_in_size(image: Mapping[str, str]) -> int:
@@ -246,6 +263,8 @@ class Host(Programs):
         self.folder = folder
         self.filesystem = Filesystem("ext4", fallocate=True, copy_on_write=False)
         self.available = units.Ti
+        # The filesystem itself.
+        self.size = units.Ti
         # What qemu-img map says of any disk.
         self.map: list[dict[str, Any]] = []
         self.version = "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
@@ -280,6 +299,7 @@ class Host(Programs):
         self.useFixture(fixtures.MockPatchObject(filesystem, "under", lambda directory: self.filesystem))
         self.useFixture(fixtures.MockPatchObject(filesystem, "copies_on_write", self._copies_on_write))
         self.useFixture(fixtures.MockPatchObject(filesystem, "available", lambda where: self.available))
+        self.useFixture(fixtures.MockPatchObject(filesystem, "size", lambda where: self.size))
 
     # Disks, as a test finds them.
 
@@ -480,8 +500,10 @@ class Host(Programs):
         if preallocation != "off":
             disk.mapped = disk.clusters
         if preallocation in ("falloc", "full"):
-            small_holes = 0 if format == "raw" else _SMALL_HOLES
-            self._take(call, disk, os.path.getsize(path) - small_holes)
+            end = os.path.getsize(path) - (0 if format == "raw" else _SMALL_HOLES)
+            self._take(call, disk, end)
+            if preallocation == "full":
+                _write_out(path, 0, end)
         self._disks[_key(path)] = disk
 
     def _resize(self, call: Call) -> str:
@@ -517,6 +539,8 @@ class Host(Programs):
             disk.mapped += disk.clusters - clusters
         if preallocation in ("falloc", "full"):
             self._take(call, disk, disk.held + os.path.getsize(path) - length)
+            if preallocation == "full":
+                _write_out(path, length, disk.held)
         return ""
 
     def _shrink(self, path: str, size: int) -> str:
@@ -556,7 +580,8 @@ class Host(Programs):
         fd = int(call.kwargs["preexec_fn"].__self__.stdin)
         self._take(call, self._disks[_key(fd)], os.fstat(fd).st_size)
         # For real: the disks are small, and the holes are its own to find.
-        assert zeros._main(call.argv[-1], fd) == 0
+        path, *numbers = call.argv[call.argv.index("imgprealloc.zeros") + 1 :]
+        assert zeros._main(path, fd, *map(int, numbers)) == 0
         return ""
 
     def _unshare(self, call: Call) -> str:

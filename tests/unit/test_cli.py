@@ -23,11 +23,14 @@ from imgprealloc import check_nova
 from imgprealloc import cli
 from imgprealloc import domains
 from imgprealloc import instances
+from imgprealloc import sizes
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
+from imgprealloc.image import FileStamp
 
 from .host import SIZE
 from .host import Host
+from .host import opened_by_qemu
 
 Run = Callable[..., Any]
 
@@ -670,7 +673,7 @@ def test_filesystem_that_cannot_give_what_its_disks_may_ask_for_is_critical(host
 
     assert told.status == 2
     assert told.out.startswith("DISKS CRITICAL: ")
-    assert f"has {SIZE - 1} bytes, and its disks are {SIZE} short" in told.out
+    assert f"has {sizes.readable(SIZE - 1)}, and its disks are {sizes.readable(SIZE)} short" in told.out
 
 
 def test_disk_that_cannot_be_read_is_unknown(host: Host, run: Run) -> None:
@@ -851,7 +854,7 @@ def test_rewriting_that_has_no_room_is_1(host: Host, run: Run) -> None:
     disk = host.overlay(mapped=0.5, held=SIZE - units.Mi)
     host.available = 12 * units.Mi
 
-    ended = run("allocate", "--rewrite", "--disk-format", "qcow2", "-f", "json", disk)
+    ended = run("allocate", "--keep-free", "0", "--rewrite", "--disk-format", "qcow2", "-f", "json", disk)
 
     assert ended.status == 1
     assert json.loads(ended.out)[0]["state"] == "reserved"
@@ -863,6 +866,220 @@ def test_allocate_goes_on_after_a_disk_that_it_cannot_preallocate(host: Host, ru
 
     assert (shown.status, shown.out.split()) == (1, [host.path("missing"), host.path()])
     assert host.disk().held == SIZE
+
+
+# What is only planned.
+
+PLAN_KEYS = [
+    "instance",
+    "path",
+    "format",
+    "state",
+    "treatment",
+    "state_after",
+    "new_space",
+    "temporary_space",
+    "written",
+    "estimated_seconds",
+    "filesystem",
+    "fits",
+    "error",
+]
+
+
+def test_dry_run_tells_scripts_exactly_the_documented_keys_in_bytes_and_seconds(host: Host, run: Run) -> None:
+    told = run("allocate", "--dry-run", "--mode", "full", "--disk-format", "raw", "-f", "json", host.raw(held=8192))
+
+    (row,) = json.loads(told.out)
+    assert (told.status, list(row)) == (0, PLAN_KEYS)
+    assert (row["state"], row["treatment"], row["state_after"]) == ("thin", "fill", "preallocated")
+    assert (row["new_space"], row["temporary_space"], row["written"]) == (SIZE - 8192, 0, SIZE)
+    assert (row["estimated_seconds"], row["fits"], row["error"]) == (1, True, None)
+    assert os.path.ismount(row["filesystem"])
+
+
+@pytest.mark.parametrize("more", [[], ["--rewrite"], ["--mode", "full"]], ids=" ".join)
+def test_dry_run_does_nothing(host: Host, run: Run, more: list[str]) -> None:
+    paths = [host.raw(), host.overlay(name="blank"), host.overlay(name="data", mapped=0.5)]
+    note_format(host, {host.path(): "raw", host.path("blank"): "qcow2", host.path("data"): "qcow2"})
+    before = (host.files, [FileStamp.from_stat(os.stat(path)) for path in paths])
+
+    run("allocate", "--dry-run", *more, *paths)
+
+    assert host.changes == []
+    assert (host.files, [FileStamp.from_stat(os.stat(path)) for path in paths]) == before
+
+
+def test_dry_run_fits_80_characters_and_ends_with_what_fits(host: Host, run: Run) -> None:
+    folder = instance_with(host, "disk", "disk.eph0", "disk.swap")
+    host.available = 10 * units.Gi + 2 * SIZE + units.Mi
+
+    told = run("allocate", "--dry-run", "--keep-free", "10G", "--disk-format", "raw", folder)
+
+    lines = told.out.splitlines()
+    assert told.status == 1
+    assert max(map(len, lines[:-1])) <= 80
+    assert [line.split("|")[3].strip() for line in lines[3:-2]] == ["fill", "fill", "left out"]
+    assert "2 fill; 32 MiB of new space, " in lines[-1]
+    assert lines[-1].endswith("may be taken (keep free: 10G): 1 left out, for want of space")
+
+
+def test_dry_run_tells_people_how_long_it_takes(host: Host, run: Run) -> None:
+    paths = [host.raw(100 * units.Gi), host.qcow2(100 * units.Gi, name="other", mapped=1.0, held=8192)]
+    note_format(host, {paths[0]: "raw", paths[1]: "qcow2"})
+
+    assert "| 9 min " in run("allocate", "--dry-run", "--mode", "full", paths[0]).out
+    assert "| no time " in run("allocate", "--dry-run", paths[1]).out
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []], ids=" ".join)
+def test_what_would_be_refused_is_a_row_with_its_error(host: Host, run: Run, more: list[str]) -> None:
+    disk = host.overlay(mapped=0.5)
+    with opened_by_qemu(disk):
+        told = run("allocate", *more, "--rewrite", "--disk-format", "qcow2", "-f", "json", disk, host.path("missing"))
+
+    used, missing = json.loads(told.out)
+    assert told.status == 1
+    assert "QEMU has the image open for writing" in used["error"]
+    assert used["error"] in told.err
+    assert (used["state"], missing["state"]) == ("thin", None)
+    assert "there is no such file" in missing["error"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "mapped", "said"),
+    [(["--mode", "metadata"], 0.5, "--rewrite"), (["--mode", "full"], 0.5, "--rewrite"), (["--rewrite"], 0.5, "not")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_dry_run_is_1_where_the_request_would_not_be_carried_out(
+    host: Host, run: Run, asked: list[str], mapped: float, said: str
+) -> None:
+    # With a snapshot it is not replaced.
+    disk = host.overlay(mapped=mapped, snapshots=1)
+
+    told = run("allocate", "--dry-run", *asked, "--disk-format", "qcow2", "-f", "json", disk)
+
+    assert told.status == 1
+    assert said in json.loads(told.out)[0]["error"]
+
+
+def test_disk_in_use_that_cannot_be_written_gets_its_space_as_was_told(host: Host, run: Run) -> None:
+    disk = host.raw()
+    asked = ("--mode", "full", "--disk-format", "raw", "-f", "json", disk)
+    with opened_by_qemu(disk):
+        (planned,) = json.loads(run("allocate", "--dry-run", *asked).out)
+        done = run("allocate", *asked)
+
+    (row,) = json.loads(done.out)
+    assert done.status == 1
+    assert (planned["state_after"], row["state"]) == ("preallocated", "preallocated")
+    assert "QEMU has the image open for writing" in planned["error"]
+    assert "QEMU has the image open for writing" in row["error"]
+
+
+def test_time_is_that_of_the_rate_that_is_asked_for(host: Host, run: Run) -> None:
+    told = run(
+        "allocate", "--dry-run", "--rate", "1M", "--mode", "full", "--disk-format", "raw", "-f", "json", host.raw()
+    )
+
+    assert json.loads(told.out)[0]["estimated_seconds"] == SIZE // units.Mi
+
+
+# A whole request.
+
+
+def disks_that_lack(host: Host, *lacking: int) -> list[str]:
+    """Lay down raw disks that lack so many bytes."""
+    paths = [host.raw(SIZE, name=f"disk{number}", held=SIZE - each) for number, each in enumerate(lacking)]
+    note_format(host, dict.fromkeys(paths, "raw"))
+    return paths
+
+
+def test_disks_that_need_least_come_first_and_the_rest_is_left_out(host: Host, run: Run) -> None:
+    paths = disks_that_lack(host, 9 * units.Mi, units.Mi, 8 * units.Mi, 2 * units.Mi)
+    host.available = 10 * units.Gi + 12 * units.Mi
+
+    told = run("allocate", "--keep-free", "10G", "-f", "json", *paths)
+
+    rows = json.loads(told.out)
+    assert told.status == 1
+    assert [row["path"] for row in rows] == paths
+    assert [row["state"] for row in rows] == ["thin", "preallocated", "preallocated", "preallocated"]
+    assert f"{paths[0]}: left out: it needs 9 MiB" in rows[0]["error"]
+    assert rows[0]["error"] in told.err
+    assert host.available >= 10 * units.Gi
+
+
+def test_what_is_left_out_is_known_before_the_first_disk_is_touched(host: Host, run: Run) -> None:
+    paths = [host.qcow2(name=f"disk{number}", mapped=1.0, held=held) for number, held in enumerate((8192, SIZE))]
+    note_format(host, dict.fromkeys(paths, "qcow2"))
+    host.available = SIZE // 2
+
+    told = run("allocate", "--keep-free", "0", *paths)
+
+    names = [call.name for call in host.calls if call.name in ("check", "fallocate")]
+    assert told.status == 1
+    assert names[:3] == ["check", "check", "fallocate"]
+
+
+@pytest.mark.parametrize(("available", "fits"), [(24, [True, False]), (26, [True, True])])
+def test_copy_needs_the_room_that_those_before_it_have_left(
+    host: Host, run: Run, available: int, fits: list[bool]
+) -> None:
+    paths = [host.overlay(name=f"disk{number}", mapped=0.5) for number in range(2)]
+    note_format(host, dict.fromkeys(paths, "qcow2"))
+    for path in paths:
+        with open(path, "r+b") as disk:
+            # Half of what the copy has; it is there until that is done.
+            disk.seek(units.Mi)
+            disk.write(b"x" * 8 * units.Mi)
+            os.fsync(disk.fileno())
+    host.available = available * units.Mi
+
+    told = run("allocate", "--dry-run", "--keep-free", "0", "--rewrite", "-f", "json", *paths)
+
+    assert [row["fits"] for row in json.loads(told.out)] == fits
+    assert told.status == (0 if all(fits) else 1)
+
+
+def test_a_hundredth_is_kept_free_of_disks_that_exist_unless_told_otherwise(host: Host, run: Run) -> None:
+    (path,) = disks_that_lack(host, 8 * units.Mi)
+    host.size, host.available = 100 * units.Gi, units.Gi + 4 * units.Mi
+
+    assert run("allocate", path).status == 1
+    assert host.disk(path).held == SIZE - 8 * units.Mi
+    # Nobody else has asked for it.
+    assert run("create", "--disk-format", "raw", host.path("new"), "512M").status == 0
+
+    host.available = 8 * units.Mi
+    assert run("allocate", "--keep-free", "0", path).status == 0
+    assert host.available == 0
+
+
+def test_allocate_ends_with_what_was_done_in_which_way(host: Host, run: Run) -> None:
+    paths = disks_that_lack(host, 2 * units.Mi, units.Mi, 0, 9 * units.Mi)
+    blank = host.overlay(name="blank")
+    note_format(host, {**dict.fromkeys(paths, "raw"), blank: "qcow2"})
+    host.available = 8 * units.Mi
+
+    told = run("allocate", "--keep-free", "0", *paths, host.path("missing"))
+
+    assert told.out.splitlines()[-1] == (
+        "2 filled, 1 left as they were, 1 left out, 1 failed; 3 MiB more held than before."
+    )
+    host.available = units.Gi
+    assert run("allocate", "--keep-free", "0", blank).out.splitlines()[-1].startswith("1 made anew; ")
+    # Machines are told rows alone.
+    assert isinstance(json.loads(run("allocate", "-f", "json", blank).out), list)
+
+
+def test_disk_that_is_named_twice_is_treated_once(host: Host, run: Run) -> None:
+    (path,) = disks_that_lack(host, 8 * units.Mi)
+    host.available = 12 * units.Mi
+
+    told = run("allocate", "--keep-free", "0", "-f", "value", "-c", "state", path, path)
+
+    assert (told.status, told.out.split()) == (0, ["preallocated", "preallocated"])
 
 
 def test_resize_grows_a_disk(host: Host, run: Run) -> None:
@@ -979,6 +1196,9 @@ def test_size_is_readable_in_a_table(value: int, readable: str) -> None:
         ["create", "--overlay-cluster-size", "96K", "disk", "1M"],
         ["allocate", "--on-unsupported", "falloc", "disk"],
         ["allocate", "--overlay-cluster-size", "0", "disk"],
+        ["allocate", "--keep-free", "much", "disk"],
+        ["allocate", "--keep-free", "101%", "disk"],
+        ["create", "--keep-free", "-1", "disk", "1M"],
         ["resize", "disk"],
         ["resize", "--overlay-cluster-size", "64", "disk", "1M"],
     ],
@@ -1059,3 +1279,37 @@ def test_command_that_there_is_not_is_2(run: Run) -> None:
 
 def test_version_told_is_the_package_s(run: Run) -> None:
     assert run("--version").out.split()[-1] == metadata.version("imgprealloc")
+
+
+# How fast, and how far.
+
+
+def test_command_thinks_of_the_guests_on_the_same_storage(host: Host, run: Run) -> None:
+    ended = run("create", "--mode", "full", "--rate", "10M", "--disk-format", "raw", host.path(), "16M")
+
+    [zeros] = host.run("zeros")
+    assert ended.status == 0
+    assert zeros.argv[-1] == str(10 * units.Mi)
+    assert zeros.is_idle
+
+
+@pytest.mark.parametrize("rate", ["0", "fast", "-1"])
+@pytest.mark.parametrize("verb", ["create", "allocate", "resize", "thin"])
+def test_rate_that_is_none_ends_with_2(host: Host, run: Run, verb: str, rate: str) -> None:
+    size = ["16M"] if verb in ("create", "resize") else []
+
+    assert run(verb, f"--rate={rate}", host.path(), *size).status == 2
+    assert host.calls == []
+
+
+def test_disk_of_which_a_part_is_not_done_because_it_is_in_use_is_shown_as_it_is(
+    host: Host, run: Run, opened: Callable[[str], object]
+) -> None:
+    disk = host.raw(held=SIZE)
+    opened(disk)
+
+    ended = run("allocate", "--mode", "full", "--disk-format", "raw", "-f", "json", disk)
+
+    (row,) = json.loads(ended.out)
+    assert (ended.status, row["state"], row["in_use"]) == (1, "preallocated", True)
+    assert "Stop the instance" in row["error"]

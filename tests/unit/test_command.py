@@ -20,6 +20,8 @@ import pytest
 
 from imgprealloc import command
 from imgprealloc import exceptions
+from imgprealloc import pace
+from imgprealloc import progress
 
 from .host import EDQUOT
 from .host import ENOSPC
@@ -516,3 +518,82 @@ def test_program_leaves_nothing_open() -> None:
         command.run(DISK, "false")
 
     assert os.listdir("/proc/self/fd") == before
+
+
+# At a pace, and told.
+
+
+def test_program_that_writes_much_waits_for_all_others_where_a_pace_is_kept(programs: Programs) -> None:
+    command.run(DISK, "qemu-img", "convert", DISK, work=units.Gi)
+    with pace.kept(pace.Pace()):
+        command.run(DISK, "qemu-img", "convert", DISK, work=units.Gi)
+        command.run(DISK, "qemu-img", "check", DISK, limits=LIMITS)
+
+    assert [call.is_idle for call in programs.calls] == [False, True, False]
+
+
+def test_work_is_done_without_ionice_too(programs: Programs) -> None:
+    programs.uninstall("ionice")
+    with pace.kept(pace.Pace()):
+        command.run(DISK, "qemu-img", "convert", DISK, work=units.Gi)
+
+    assert not programs.calls[0].is_idle
+
+
+def test_program_that_is_to_be_slow_is_not_ended_for_it(programs: Programs) -> None:
+    rate = 100 * units.Ki
+    with pace.kept(pace.Pace(rate)):
+        command.run(DISK, "qemu-img", "convert", DISK, work=units.Gi)
+
+    assert programs.calls[0].seconds > units.Gi / rate
+
+
+def test_idle_priority_is_the_program_s_for_real() -> None:
+    with pace.kept(pace.Pace()):
+        said = command.run(DISK, "sh", "-c", "ionice -p $$", work=1)
+
+    assert said == "idle\n"
+
+
+@pytest.fixture
+def told() -> list[tuple[int, int]]:
+    return []
+
+
+def test_whoever_asks_is_told_what_a_program_prints_percents_of(told: list[tuple[int, int]]) -> None:
+    script = 'printf "(25.00/100%%)\r(50.00/100%%)\r"; sleep 1'
+    with progress.told_to(lambda *now: told.append(now)):
+        command.run(DISK, "sh", "-c", script, told=progress.printed(1000))
+
+    assert told[0] == (0, 1000)
+    assert set(told[1:-1]) == {(500, 1000)}
+    assert told[-1] == (1000, 1000)
+
+
+def test_whoever_asks_is_told_how_a_file_grows(tmp_path: pathlib.Path, told: list[tuple[int, int]]) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * units.Mi)
+    script = f"head -c {2 * units.Mi} /dev/zero >>{path}; sync {path}; sleep 1"
+    with progress.told_to(lambda *now: told.append(now)):
+        command.run(DISK, "sh", "-c", script, told=progress.allocated(str(path), 4 * units.Mi))
+
+    assert told[0] == (0, 4 * units.Mi)
+    assert (2 * units.Mi, 4 * units.Mi) in told
+    assert told[-1] == (4 * units.Mi, 4 * units.Mi)
+
+
+def test_nobody_is_told_of_what_nobody_asked_for() -> None:
+    assert progress.printed(1) is None
+    assert progress.allocated(DISK, 1) is None
+
+
+@pytest.mark.parametrize("ended_by", [ValueError("enough"), KeyboardInterrupt()])
+def test_whoever_is_told_can_end_the_program(ended_by: BaseException) -> None:
+    def enough(done: int, total: int) -> None:
+        raise ended_by
+
+    with pytest.raises(type(ended_by)) as caught, progress.told_to(enough):
+        command.run(DISK, "sleep", "3127", told=progress.printed(1))
+
+    assert caught.value is ended_by
+    assert not running("sleep", "3127")

@@ -12,6 +12,7 @@ import tempfile
 from types import SimpleNamespace
 
 import fixtures
+from oslo_utils import units
 import pytest
 
 from imgprealloc import fallocate
@@ -244,6 +245,28 @@ def test_reserve_of_the_superuser_is_not_for_disks_whoever_makes_them(user: int,
     ):
         assert filesystem.available("/srv") == 95 * 4096
         assert filesystem.available_to_us("/srv") == blocks * 4096
+
+
+@pytest.mark.parametrize(
+    ("keep_free", "room"),
+    [
+        (0, 95 * units.Gi),
+        ("0", 95 * units.Gi),
+        # Less a part for the filesystem's own books.
+        ("10G", 85 * units.Gi - 64 * units.Ki - (85 * units.Gi - 64 * units.Ki) // 1024),
+        ("5%,90G", 90 * units.Gi - 64 * units.Ki - (90 * units.Gi - 64 * units.Ki) // 1024),
+    ],
+)
+def test_room_is_what_is_available_less_what_is_kept_of_the_whole(keep_free: int | str, room: int) -> None:
+    space = SimpleNamespace(f_blocks=100, f_bfree=99, f_bavail=95, f_frsize=units.Gi, f_bsize=4096)
+    with fixtures.MockPatchObject(os, "statvfs", lambda directory: space):
+        assert filesystem.room("/srv", keep_free) == room
+
+
+def test_room_is_less_than_nothing_where_others_have_less_than_is_kept_for_them() -> None:
+    space = SimpleNamespace(f_blocks=100, f_bavail=1, f_frsize=units.Gi)
+    with fixtures.MockPatchObject(os, "statvfs", lambda directory: space):
+        assert filesystem.room("/srv", "2%") < 0
 
 
 @pytest.mark.parametrize(

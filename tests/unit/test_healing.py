@@ -89,7 +89,7 @@ def test_new_disk_is_preallocated_as_one_that_was_just_made_and_in_turn(turn: Tu
 
     healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
 
-    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2")
+    strategy.preallocate.assert_called_once_with("/d/disk", "just_made", format="qcow2", write_held=False)
     assert turn.taken == 1
 
 
@@ -111,7 +111,7 @@ def test_disk_that_was_there_is_preallocated_as_far_as_it_may_be(disk: str, turn
     healing.heal(strategy, disk, "raw", existing, turn)
 
     known = strategy.inspect.return_value
-    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known)
+    strategy.preallocate.assert_called_once_with(disk, existing, format="raw", known=known, write_held=False)
     assert turn.taken == 1
 
 
@@ -135,6 +135,20 @@ def test_disk_that_needs_nothing_waits_for_nobody(disk: str, turn: Turn) -> None
 
     strategy.preallocate.assert_not_called()
     assert turn.taken == 0
+
+
+def test_disk_that_would_take_what_is_kept_free_stays_as_it_is_and_waits_for_nobody(
+    disk: str, turn: Turn, logged: Logged
+) -> None:
+    strategy = playing()
+    strategy.has_work.side_effect = error(exceptions.NoSpace)
+
+    for _ in range(2):
+        healing.heal(strategy, disk, "raw", "reserve", turn)
+
+    strategy.preallocate.assert_not_called()
+    assert turn.taken == 0
+    assert len(logged(logging.WARNING)) == 1
 
 
 def test_disk_that_cannot_be_looked_at_is_warned_of_and_its_guest_starts(disk: str, turn: Turn, logged: Logged) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 from importlib import metadata
 import io
 import re
@@ -39,6 +40,7 @@ def section(**values: object) -> str:
         ("existing_disks", "reserve"),
         ("protect_from_discard", True),
         ("overlay_cluster_size", 131072),
+        ("keep_free", "1%,10G"),
     ],
 )
 def test_empty_section_gives_the_documented_defaults(name: str, default: object) -> None:
@@ -76,6 +78,9 @@ def test_all_that_an_option_offers_is_accepted_and_nothing_else_is_offered(name:
         ("overlay_cluster_size", 8192),
         ("overlay_cluster_size", 100000),
         ("overlay_cluster_size", 4194304),
+        ("keep_free", "much"),
+        ("keep_free", "200%"),
+        ("keep_free", ""),
     ],
 )
 def test_anything_else_is_refused_when_it_is_read(name: str, value: object) -> None:
@@ -104,6 +109,16 @@ def test_flavor_s_mode_comes_before_the_configured_one() -> None:
 def test_flavor_s_mode_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="'fast' is not one of falloc, full, metadata"):
         opts.preallocator_from(configured()).with_mode("fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep_free", ["0", "10G", "5%", "1%,10G"])
+def test_space_is_kept_free_of_disks_that_exist_and_of_no_others(keep_free: str) -> None:
+    conf = configured(section(keep_free=keep_free))
+
+    making = opts.preallocator_from(conf)
+
+    assert making.keep_free == 0
+    assert opts.for_existing(conf, making) == dataclasses.replace(making, keep_free=keep_free)
 
 
 def test_registering_twice_is_harmless() -> None:
@@ -171,6 +186,7 @@ def test_generated_sample_has_every_option_at_its_default(sample: str) -> None:
         "heal_interval": "600",
         "overlay_cluster_size": "131072",
         "overlay_subclusters": "unallocated",
+        "keep_free": "1%,10G",
     }
 
 

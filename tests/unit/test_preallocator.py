@@ -15,10 +15,12 @@ import pytest
 import imgprealloc
 from imgprealloc import DiskImage
 from imgprealloc import Mode
+from imgprealloc import Pace
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import qemu_img
+from imgprealloc import sizes
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
@@ -354,7 +356,7 @@ def test_filesystem_that_breaks_its_word_is_found_out(host: Host) -> None:
 
     assert (caught.value.image.path, caught.value.path) == (host.path(), host.path())
     assert (caught.value.image.state, caught.value.image.shortfall > SIZE) == ("mapped", True)
-    assert f"{caught.value.image.shortfall} bytes short" in caught.value.reason
+    assert f"{sizes.exact(caught.value.image.shortfall)} short" in caught.value.reason
     assert host.files == []
 
 
@@ -596,7 +598,7 @@ def test_resize_that_did_nothing_is_an_error(host: Host, format: str) -> None:
     path = host.raw(held=SIZE) if format == "raw" else host.qcow2(mapped=1.0)
     doing_nothing(host, "resize")
 
-    with pytest.raises(exceptions.BrokenImage, match=f"{2 * SIZE} bytes, and it has {SIZE}"):
+    with pytest.raises(exceptions.BrokenImage, match=rf"{2 * SIZE} bytes\), and it has .*\({SIZE} bytes\)"):
         Preallocator().resize(path, 2 * SIZE, format=format)
 
 
@@ -679,5 +681,111 @@ def test_disk_that_is_open_without_a_lock_is_not_grown(host: Host, format: str) 
         pytest.raises(exceptions.ImageInUse, match="has the file open"),
     ):
         Preallocator().resize(path, 2 * SIZE, format=format)
+
+    assert host.changes == []
+
+
+# What a caller may give.
+
+
+@pytest.mark.parametrize("size", ["40G", True, 1.5, None])
+@pytest.mark.parametrize("verb", ["create", "resize"])
+def test_size_that_is_no_number_of_bytes_is_a_type_error_before_anything_is_looked_at(
+    host: Host, verb: str, size: Any
+) -> None:
+    with pytest.raises(TypeError, match="a size is an int of bytes"):
+        getattr(Preallocator(), verb)(host.path(), size)
+
+    assert host.calls == []
+
+
+VERBS: list[Callable[[Any], DiskImage]] = [
+    lambda path: Preallocator().inspect(path, format="raw"),
+    lambda path: Preallocator().preallocate(path, format="raw"),
+    lambda path: Preallocator().resize(path, 2 * SIZE, format="raw"),
+    lambda path: Preallocator().create(path, SIZE, format="raw"),
+    lambda path: Preallocator().thin(path, format="raw"),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS[:4])
+def test_path_of_bytes_is_a_path(host: Host, verb: Callable[[Any], DiskImage]) -> None:
+    path = host.path("dïsk") if verb is VERBS[3] else host.raw(name="dïsk")
+
+    image = verb(os.fsencode(path))
+
+    assert image.path == path
+
+
+@pytest.mark.parametrize("path", [7, None, True])
+@pytest.mark.parametrize("verb", VERBS)
+def test_path_that_is_none_is_a_type_error(host: Host, verb: Callable[[Any], DiskImage], path: Any) -> None:
+    with pytest.raises(TypeError, match=f"not {type(path).__name__}"):
+        verb(path)
+
+
+def test_backing_file_of_bytes_is_one(host: Host) -> None:
+    image = Preallocator().create(host.path(), SIZE, os.fsencode(host.base(SIZE)), backing_format="raw")
+
+    assert image.backing_file == host.path("base")
+
+
+def test_every_error_and_every_word_that_is_taken_is_exported() -> None:
+    errors = {
+        name
+        for name, found in vars(exceptions).items()
+        if isinstance(found, type) and issubclass(found, Exception) and found.__module__ == exceptions.__name__
+    }
+    words = {"Mode", "OnUnsupported", "OverlaySubclusters", "Existing", "State", "Progress", "Pace"}
+
+    assert errors | words <= set(imgprealloc.__all__)
+    assert all(hasattr(imgprealloc, name) for name in imgprealloc.__all__)
+
+
+# At a pace.
+
+
+def test_zeros_are_written_by_ourselves_where_a_pace_is_kept_because_qemu_img_keeps_none(host: Host) -> None:
+    Preallocator("full").create(host.path(), SIZE, format="raw", pace=Pace(10 << 20))
+
+    assert host.run("create")[0].options["preallocation"] == "falloc"
+    [zeros] = host.run("zeros")
+    assert zeros.argv[-1] == str(10 << 20)
+    assert zeros.is_idle
+
+
+def test_zeros_are_qemu_img_s_where_no_pace_is_kept(host: Host) -> None:
+    Preallocator("full").create(host.path(), SIZE, format="raw")
+
+    assert host.run("create")[0].options["preallocation"] == "full"
+    assert host.run("zeros") == []
+
+
+@pytest.mark.parametrize("pace", [None, Pace()])
+def test_pace_asks_for_nothing_else_in_mode_falloc(host: Host, pace: Pace | None) -> None:
+    Preallocator().create(host.path(), SIZE, format="raw", pace=pace)
+
+    assert host.run("create")[0].options["preallocation"] == "falloc"
+    assert host.run("zeros") == []
+
+
+def test_rate_is_refused_where_qemu_img_alone_can_write_all_space(host: Host) -> None:
+    host.filesystem = NFS
+
+    with pytest.raises(exceptions.UnsupportedFilesystem, match="--rate"):
+        Preallocator("full").create(host.path(), SIZE, format="raw", pace=Pace(1))
+    Preallocator("full").create(host.path(), SIZE, format="raw", pace=Pace())
+
+    assert host.run("create")[0].options["preallocation"] == "full"
+
+
+# What is set aside already, in mode full.
+
+
+@pytest.mark.parametrize("existing", ["recreate_blank", "rewrite", "reserve", "just_made"])
+def test_start_writes_nothing_to_what_is_set_aside(host: Host, existing: Any) -> None:
+    path = host.raw(SIZE, held=SIZE)
+
+    Preallocator("full").preallocate(path, existing, format="raw", write_held=False)
 
     assert host.changes == []

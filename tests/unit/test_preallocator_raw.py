@@ -35,7 +35,7 @@ ZFS = Filesystem("zfs", fallocate=False, copy_on_write=True)
         pytest.param("falloc", {"held": SIZE}, [], id="falloc, all held"),
         pytest.param("falloc", {"held": 0}, ["fallocate"], id="falloc, sparse"),
         pytest.param("falloc", {"held": SIZE, "shared": 4096}, ["unshare"], id="falloc, a reflink"),
-        pytest.param("full", {"held": SIZE}, [], id="full, all held"),
+        pytest.param("full", {"held": SIZE}, ["zeros"], id="full, all held"),
         pytest.param("full", {"held": 0}, ["zeros"], id="full, sparse"),
         pytest.param("full", {"held": SIZE, "shared": 4096}, ["unshare", "zeros"], id="full, a reflink"),
         pytest.param("metadata", {"held": 0}, [], id="metadata, sparse"),
@@ -277,10 +277,13 @@ def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str
     path = host.raw(SIZE)
     opened(path)
 
-    with pytest.raises(exceptions.ImageInUse):
+    with pytest.raises(exceptions.ImageInUse) as caught:
         in_format.raw("full").preallocate(path)
 
     assert host.run("zeros") == []
+    # Its space is set aside all the same, and it is told.
+    assert caught.value.image.state == "preallocated"
+    assert "never written" in str(caught.value)
 
 
 def test_disk_in_use_is_not_rewritten(host: Host, opened: Callable[[str], object]) -> None:

@@ -37,7 +37,7 @@ def made(path: str, mode: Mode, on_unsupported: OnUnsupported) -> Promise:
 
 def require_space(path: str, needed: int) -> None:
     with disk_file.place(path) as place:
-        promise.require_space(place, needed)
+        Promise("falloc", EXT4).require_space(place, needed)
 
 
 @pytest.mark.parametrize("on_unsupported", get_args(OnUnsupported))
@@ -174,4 +174,4 @@ def test_what_does_not_fit_is_refused_in_the_words_of_a_failed_program(host: Hos
 
     assert isinstance(caught.value, processutils.ProcessExecutionError)
     assert (caught.value.exit_code, caught.value.stderr) == (1, os.strerror(errno.ENOSPC))
-    assert "1000 bytes more, and the filesystem has 999" in str(caught.value)
+    assert "it needs 1000 bytes more, and the filesystem has 999 bytes" in str(caught.value)

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import errno
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 
 from imgprealloc import command
 from imgprealloc import exceptions
+from imgprealloc import pace as paces
 from imgprealloc import qemu_img
+from imgprealloc.pace import Pace
 
 from . import host as hosts
 from .host import Host
@@ -346,3 +350,88 @@ def test_version_that_could_not_be_had_is_asked_for_again(programs: Programs) ->
     programs.ends("--version", 0)
 
     assert qemu_img.version() == (7, 2, 22)
+
+
+# At a pace.
+
+
+def copied(tmp_path: pathlib.Path, pace: Pace | None) -> None:
+    """Copy a disk on a filesystem that lets the page cache be passed by, or not."""
+    for name in ("source", "target"):
+        (tmp_path / name).touch()
+    with paces.kept(pace):
+        qemu_img.convert(DISK, str(tmp_path / "source"), str(tmp_path / "target"), 1 << 30, "raw", {})
+
+
+def passed_by(tmp_path: pathlib.Path, *, possible: bool) -> fixtures.MockPatchObject:
+    """Play a filesystem that has, or has not, direct I/O."""
+    real = os.open
+
+    def opened(path: str, flags: int, *more: Any, **where: Any) -> int:
+        if flags & os.O_DIRECT:
+            if not possible:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+            flags &= ~os.O_DIRECT
+        return real(path, flags, *more, **where)
+
+    return fixtures.MockPatchObject(os, "open", opened)
+
+
+def test_copy_that_keeps_a_pace_passes_the_page_cache_by_and_is_limited(
+    programs: Programs, tmp_path: pathlib.Path
+) -> None:
+    programs.answers["--version"] = lambda call: "qemu-img version 5.2.0"
+    with passed_by(tmp_path, possible=True):
+        copied(tmp_path, Pace(10 * units.Mi))
+
+    [call] = programs.run("convert")
+    assert (call.after("-t"), call.after("-T"), call.after("-r")) == ("none", "none", str(10 * units.Mi))
+    assert call.is_idle
+
+
+def test_copy_without_a_rate_needs_no_qemu_that_keeps_one(programs: Programs, tmp_path: pathlib.Path) -> None:
+    with passed_by(tmp_path, possible=True):
+        copied(tmp_path, Pace())
+
+    [call] = programs.calls
+    assert (call.after("-t"), call.after("-r")) == ("none", None)
+
+
+def test_copy_uses_the_page_cache_where_the_filesystem_has_no_other_way(
+    programs: Programs, tmp_path: pathlib.Path
+) -> None:
+    with passed_by(tmp_path, possible=False):
+        copied(tmp_path, Pace())
+
+    [call] = programs.calls
+    assert not {"-t", "-T"} & set(call.argv)
+
+
+def test_copy_for_a_guest_that_waits_is_as_it_was(programs: Programs, tmp_path: pathlib.Path) -> None:
+    with passed_by(tmp_path, possible=True):
+        copied(tmp_path, None)
+
+    [call] = programs.calls
+    assert call.argv[2:] == (
+        "-q", "-f", "raw", "-O", "raw", str(tmp_path / "source"), str(tmp_path / "target"),
+    )  # fmt: skip
+    assert not call.is_idle
+
+
+def test_qemu_img_that_keeps_no_rate_copies_nothing(programs: Programs, tmp_path: pathlib.Path) -> None:
+    programs.answers["--version"] = lambda call: "qemu-img version 5.1.0"
+
+    with pytest.raises(exceptions.QemuImgTooOld, match="leave the rate out"):
+        copied(tmp_path, Pace(1))
+
+    assert programs.run("convert") == []
+
+
+def test_base_s_page_cache_is_left_to_the_guests_that_read_it(programs: Programs, tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "target"
+    target.touch()
+    with passed_by(tmp_path, possible=True), paces.kept(Pace()):
+        qemu_img.copy_in(DISK, BASE, "raw", str(target), 512, {})
+        qemu_img.convert(DISK, NAME, str(target), 512, "qcow2", {}, backing_file=BASE, backing_format="raw")
+
+    assert [(call.after("-t"), call.after("-T")) for call in programs.calls] == [("none", None)] * 2

@@ -149,13 +149,25 @@ def test_nothing_is_filled_where_all_does_not_fit(disk: str, played: Played) -> 
     played.lose(0, 8192)
     played.available = 8191
 
-    with pytest.raises(NoSpace, match="8192 bytes back"):
+    with pytest.raises(NoSpace, match=r"8 KiB \(8192 bytes\) back"):
         refilling.refill(Preallocator(), disk)
     assert played.filled == []
 
     # And is, once it does.
     played.available = 8192
     assert refilling.refill(Preallocator(), disk) == 8192
+
+
+def test_nothing_is_filled_where_others_are_to_keep_the_space(disk: str, played: Played) -> None:
+    played.lose(0, 8192)
+    played.available = units.Gi + 8192
+
+    with pytest.raises(NoSpace):
+        refilling.refill(Preallocator(keep_free="1G"), disk)
+    assert played.filled == []
+
+    played.available += units.Mi
+    assert refilling.refill(Preallocator(keep_free="1G"), disk) == 8192
 
 
 def test_disk_that_is_gone_is_told_as_that(tmp_path: pathlib.Path, played: Played) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import get_args, get_type_hints
 
+from oslo_utils import units
 import pytest
 
 import imgprealloc
@@ -18,6 +19,7 @@ from imgprealloc import Preallocator
 from imgprealloc import healing
 from imgprealloc import opts
 from imgprealloc import settings
+from imgprealloc import sizes
 
 _PACKAGE = pathlib.Path(str(imgprealloc.__file__)).parent
 
@@ -99,7 +101,9 @@ def test_setting_that_is_added_in_its_one_place_reaches_all_who_have_to_know_it(
     assert (ended.returncode, ended.stdout) == (0, "seen\n")
 
 
-@pytest.mark.parametrize("field", settings.fields(), ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "field", [field for field in settings.fields() if field.name != "keep_free"], ids=lambda field: field.name
+)
 def test_setting_has_choices_of_which_its_default_is_one_and_whole_sentences(
     field: dataclasses.Field[object],
 ) -> None:
@@ -109,6 +113,15 @@ def test_setting_has_choices_of_which_its_default_is_one_and_whole_sentences(
     assert field.metadata["help"].strip().endswith(".")
     assert field.metadata["help"].strip().splitlines()[0].endswith(".")
     assert all(text == "" or text.endswith(".") for text in choices.values())
+
+
+def test_what_is_kept_free_has_a_default_for_disks_that_exist_and_whole_sentences() -> None:
+    [field] = [field for field in settings.fields() if field.metadata["choices"] is None]
+
+    assert (field.name, field.default) == ("keep_free", 0)
+    assert sizes.part(field.metadata["for_existing"], 100 * units.Gi) == units.Gi
+    assert sizes.part(field.metadata["for_existing"], 100 * units.Ti) == 10 * units.Gi
+    assert all(line.endswith(".") for line in (field.metadata["help"].strip(), field.metadata["help"].split("\n")[1]))
 
 
 @pytest.mark.parametrize("name", ["mode", "on_unsupported"])

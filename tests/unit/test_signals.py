@@ -112,6 +112,24 @@ def test_command_ends_with_128_and_the_number_and_a_line_about_the_disk(
     assert host.files == before
 
 
+def test_line_of_a_command_for_many_disks_says_how_many_are_done_and_that_all_are_whole(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of which the first cannot be done.
+    paths = [host.path("missing"), *(host.raw(name=name) for name in ("one", "two", "three"))]
+
+    def stop_at_the_second() -> None:
+        if len(host.run("fallocate")) == 2:
+            send(signal.SIGTERM)
+
+    host.then["fallocate"] = stop_at_the_second
+    status = cli.main(["allocate", *paths])
+
+    assert status == 128 + signal.SIGTERM
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (f"imgprealloc: stopped by SIGTERM: 1 of 4 disks done; {paths[2]} is as it was; all disks are whole")
+
+
 @pytest.mark.parametrize("number", STOPPING)
 def test_show_of_many_disks_ends_with_one_line_about_the_one_that_was_waited_for(
     host: Host, capsys: pytest.CaptureFixture[str], number: signal.Signals

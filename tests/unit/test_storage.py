@@ -112,7 +112,10 @@ def test_loop_device_on_a_file_with_holes_is_thin(tmp_path: pathlib.Path, sysfs:
     os.truncate(image, MiB)
     loop(sysfs, image, MiB)
 
-    assert storage.thin_below_folder(tmp_path) == f"loop9 is the file {image}, which has 0 of its {MiB} bytes"
+    assert (
+        storage.thin_below_folder(tmp_path)
+        == f"loop9 is the file {image}, which has 0 bytes of its 1 MiB ({MiB} bytes)"
+    )
 
 
 @pytest.mark.parametrize(

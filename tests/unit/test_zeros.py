@@ -20,6 +20,8 @@ import pytest
 
 from imgprealloc import exceptions
 from imgprealloc import lock
+from imgprealloc import pace
+from imgprealloc import progress
 from imgprealloc import zeros
 from imgprealloc.fallocate import Extent
 
@@ -48,13 +50,13 @@ def fill(path: pathlib.Path) -> int:
 
 def holes(path: pathlib.Path) -> list[Extent]:
     with path.open("rb") as file:
-        return list(zeros._holes(file.fileno()))
+        return list(zeros.holes(file.fileno()))
 
 
 @contextlib.contextmanager
 def called_a_hole(*extents: Extent) -> Iterator[None]:
     """Let the filesystem call these stretches holes, whatever is in them."""
-    with fixtures.MockPatchObject(zeros, "_holes", lambda fd: iter(extents)):
+    with fixtures.MockPatchObject(zeros, "holes", lambda fd, start=0: iter(extents)):
         yield
 
 
@@ -69,7 +71,7 @@ def test_zeros_are_written_by_a_process_that_keeps_guests_out_even_without_us(
     write(file)
 
     [call] = programs.calls
-    assert call.argv == (sys.executable, "-W", "ignore", "-m", "imgprealloc.zeros", str(file))
+    assert call.argv == (sys.executable, "-W", "ignore", "-m", "imgprealloc.zeros", str(file), "0")
     assert call.stdin is not None
     assert os.path.samestat(call.stdin, file.stat())
 
@@ -283,3 +285,89 @@ def test_process_leaves_nothing_open_and_nothing_locked(file: pathlib.Path) -> N
     fill(file)
 
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_was_only_read_is_written_too(file: pathlib.Path) -> None:
+    # lseek(2) calls it data, once it is in the page cache.
+    with file.open("r+b") as disk:
+        os.posix_fallocate(disk.fileno(), 0, 4 * units.Mi)
+        disk.read()
+        zeros._main(str(file), disk.fileno())
+        zeros.forget_reads(disk.fileno())
+
+    assert holes(file) == []
+
+
+# From a place on, and at a pace.
+
+
+def test_what_lies_before_the_start_is_left_as_it_was(file: pathlib.Path) -> None:
+    os.truncate(file, 3 * units.Mi)
+
+    with file.open("r+b") as disk:
+        assert zeros._main("/instances/1/disk", disk.fileno(), units.Mi) == 0
+
+    assert holes(file) == [Extent(0, units.Mi)]
+
+
+def test_file_that_is_written_from_the_start_on_gets_no_zeros(programs: Programs, file: pathlib.Path) -> None:
+    with file.open("r+b") as disk:
+        disk.truncate(units.Mi)
+        disk.seek(units.Mi)
+        disk.write(b"x" * units.Mi)
+        disk.flush()
+        zeros.write(str(file), disk.fileno(), start=units.Mi)
+
+    assert programs.calls == []
+
+
+@pytest.mark.parametrize(("rate", "told"), [(None, "0"), (5 * units.Mi, str(5 * units.Mi))])
+def test_process_is_told_of_the_pace(programs: Programs, file: pathlib.Path, rate: int | None, told: str) -> None:
+    os.truncate(file, units.Mi)
+
+    with pace.kept(pace.Pace(rate)):
+        write(file)
+
+    assert programs.calls[0].argv[-2:] == ("0", told)
+    assert programs.calls[0].is_idle
+
+
+def test_process_rests_until_it_is_no_faster_than_its_rate(file: pathlib.Path) -> None:
+    os.truncate(file, 2 * units.Mi)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    with (
+        fixtures.MockPatchObject(time, "monotonic", lambda: now[0]),
+        fixtures.MockPatchObject(time, "sleep", sleep),
+        file.open("r+b") as disk,
+    ):
+        assert zeros._main("/instances/1/disk", disk.fileno(), 0, units.Mi) == 0
+
+    assert now == [2.0]
+    assert holes(file) == []
+
+
+@pytest.mark.parametrize(("rate", "times"), [(None, 1), (0, 4)])
+def test_no_more_piles_up_than_another_s_fsync_can_wait_for(file: pathlib.Path, rate: int | None, times: int) -> None:
+    size = 3 * zeros._PORTION
+    os.truncate(file, size)
+    synced: list[int] = []
+    with fixtures.MockPatchObject(os, "fdatasync", synced.append), file.open("r+b") as disk:
+        assert zeros._main("/instances/1/disk", disk.fileno(), 0, rate) == 0
+
+    assert len(synced) == times
+
+
+def test_process_prints_how_far_it_is_as_we_read_it(file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.truncate(file, units.Mi)
+    with progress.told_to(lambda *now: None):
+        work = progress.printed(units.Mi)
+    assert work is not None
+
+    fill(file)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [work.done(line.encode()) for line in lines] == [units.Mi * quarter // 4 for quarter in (1, 2, 3, 4)]
