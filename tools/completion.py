@@ -86,7 +86,8 @@ class Verb:
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each verb."""
     app = cli.Imgprealloc()
-    return {name: entry.load()(app, None).get_parser(name) for name, entry in sorted(app.command_manager)}
+    names = sorted(name for name, _ in app.command_manager)
+    return {name: app.command_manager.find_command([name])[0](app, None).get_parser(name) for name in names}
 
 
 def verbs() -> Iterator[Verb]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import io
 import os
@@ -84,13 +85,12 @@ class State(FormattableColumn):  # type: ignore[misc, type-arg]
         """Return the state, or that there was an error."""
         return str(self._value or "error")
 
-    def __lt__(self, other: object) -> bool:
-        """Sort also those that have none."""
-        return isinstance(other, State) and self.human_readable() < other.human_readable()
-
 
 class Disks(working.Working, lister.Lister):
     """A command that works on disks and then shows them."""
+
+    # Its oldest releases cannot, where a disk has nothing in a column.
+    need_sort_by_cliff = False
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
@@ -107,6 +107,18 @@ class Disks(working.Working, lister.Lister):
                 self.app.stdout.write(f"{line}\n")
         return self.status
 
+    def produce_output(
+        self, parsed_args: argparse.Namespace, column_names: Sequence[str], data: Iterable[Sequence[Any]]
+    ) -> Any:
+        """Sort the table as it is asked for, and show it."""
+        names, rows = tuple(column_names), list(data)
+        places = {_plain(name): place for place, name in reversed(list(enumerate(names)))}
+        is_downwards = getattr(parsed_args, "sort_direction", None) == "desc"
+        for place in (places.get(_plain(column)) for column in reversed(parsed_args.sort_columns)):
+            if place is not None:
+                rows.sort(key=lambda row: _order(row[place]), reverse=is_downwards)
+        return super().produce_output(parsed_args, names, rows)
+
     def shown(
         self, outcomes: list[Outcome], parsed_args: argparse.Namespace
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
@@ -115,11 +127,11 @@ class Disks(working.Working, lister.Lister):
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
-        return tuple(columns), [
-            tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes
-        ]
+        rows = [tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes]
+        return tuple(columns), rows
 
     def _cell(self, outcome: Outcome, column: str) -> Any:
+        """Return what a table, or a machine, is to have of a disk."""
         if column != "name":
             return cell(outcome, column)
         domain = self.domains.get(outcome.instance or "")
@@ -209,6 +221,19 @@ def size(text: str) -> int:
         return sizes.parse(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _order(cell: Any) -> tuple[bool, Any]:
+    """Return what a cell is sorted by; those with nothing in them come last, but for a state there is a word."""
+    value = cell
+    if isinstance(cell, FormattableColumn):
+        value = cell.human_readable() if isinstance(cell, State) else cell.machine_readable()
+    return value is None, value
+
+
+def _plain(column: str) -> str:
+    """Return a column's name as it may be given, too."""
+    return column.lower().replace("_", " ")
 
 
 def part(text: str) -> str:

@@ -529,19 +529,39 @@ def test_disks_in_one_state_are_shown_alone_and_all_are_looked_at(
     assert host.path("missing") in told.err
 
 
-@pytest.mark.parametrize("column", ["size", "disk", "shortfall", "in use", "instance", "state"])
-def test_table_is_sorted_by_each_of_its_columns_also_where_disks_have_nothing_in_it(
-    host: Host, run: Run, column: str
+@pytest.mark.parametrize(
+    ("column", "order"),
+    [
+        ("size", "b a missing"),
+        ("disk", "a b missing"),
+        ("shortfall", "b a missing"),
+        ("in use", "b a missing"),
+        ("In_Use", "b a missing"),
+        ("state", "missing b a"),
+        ("no such column", "b missing a"),
+    ],
+)
+def test_table_is_sorted_by_each_of_its_columns_also_where_a_disk_has_nothing_in_it(
+    host: Host, run: Run, column: str, order: str
 ) -> None:
     paths = [host.raw(name="b"), host.path("missing"), host.raw(2 * SIZE, name="a", held=SIZE // 2)]
 
     told = run("show", "--sort-column", column, *paths)
 
-    assert "unsortable" not in told.err
-    if column in ("size", "disk", "shortfall"):
-        shown = [line.split()[3] for line in told.out.splitlines()[3:6]]
-        expected = ["a", "b", "missing"] if column == "disk" else ["b", "a", "missing"]
-        assert [os.path.basename(path) for path in shown] == expected
+    assert [os.path.basename(line.split()[3]) for line in told.out.splitlines()[3:6]] == order.split()
+
+
+def test_rows_for_machines_are_sorted_by_several_columns(host: Host, run: Run) -> None:
+    names = {"d": SIZE, "a": 2 * SIZE, "b": SIZE}
+    paths = [host.raw(size, name=name) for name, size in names.items()]
+    paths.insert(1, host.path("missing"))
+
+    told = run(
+        "show", "--sort-column", "virtual_size", "--sort-column", "path", "-f", "value", "-c", "path", "-c",
+        "virtual_size", *paths,
+    )  # fmt: skip
+
+    assert [os.path.basename(line.split()[0]) for line in told.out.splitlines()] == ["b", "d", "a", "missing"]
 
 
 # show --layout
