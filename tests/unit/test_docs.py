@@ -96,7 +96,7 @@ def test_finder_of_faults_finds_those_that_are_put_together() -> None:
     assert ("BackingFileUnusable", f"its backing file {gap} is not there") in texts
     assert ("UnsupportedFormat", f"its backing file is named by a protocol of QEMU's: {gap}") in texts
     assert ("warning", f"{gap}: this round has ended early: {gap}") in texts
-    assert ("NoSpace", f"it needs {gap} bytes more, and the filesystem has {gap}") in texts
+    assert ("NoSpace", f"it needs {gap} more, and the filesystem has {gap}") in texts
 
 
 # nova.conf
