@@ -743,6 +743,7 @@ FINDINGS = [
     check_nova.Finding("Flat.exists", True, "as expected", is_one_of_many=True),
 ]
 MISSING = check_nova.Finding("Qcow2.cache", False, "it is missing", is_one_of_many=True)
+RESTART = check_nova.Finding("restart", True, "nova.conf", wants_restart=True)
 
 
 def subjects(table: str) -> list[str]:
@@ -755,6 +756,8 @@ def subjects(table: str) -> list[str]:
         (FINDINGS, [], 0, "Instances will be preallocated.", ["Nova"]),
         (FINDINGS, ["--long"], 0, "Instances will be preallocated.", ["Nova", "Flat.cache", "Flat.exists"]),
         ([*FINDINGS, MISSING], [], 1, "NOT be preallocated as promised: 1 of", ["Qcow2.cache", "Nova"]),
+        ([*FINDINGS, RESTART], [], 0, "preallocated once nova-compute has been restarted.", ["Nova", "restart"]),
+        ([RESTART, MISSING], [], 1, "NOT be preallocated as promised: 1 of", ["Qcow2.cache", "restart"]),
     ],
 )
 def test_answer_comes_first_then_what_is_not_good(
