@@ -120,6 +120,11 @@ class Invocation:
         return files
 
 
+def found(root: str = "/") -> Invocation:
+    """Return how nova-compute was started on this host, or would be; an empty one where there is no service of it."""
+    return next(iter(running(root)), None) or configured(root) or Invocation()
+
+
 def running(root: str = "/") -> list[Invocation]:
     """Return the nova-computes that run on this host, not those of containers and chroots.
 

@@ -349,3 +349,16 @@ def test_environment_of_a_python_is_its_virtual_one_or_its_prefix(tmp_path: path
 
     assert service.environment_of(str(tmp_path / "venv" / "bin" / "python")) == str(tmp_path / "venv")
     assert service.environment_of(os.path.realpath(sys.executable)) == os.path.realpath(sys.base_prefix)
+
+
+# Which of them counts.
+
+
+def test_running_one_counts_before_its_unit_and_that_before_nothing(host: Host) -> None:
+    assert service.found(str(host.root)) == service.Invocation()
+
+    host.unit("ExecStart=/usr/bin/nova-compute")
+    assert service.found(str(host.root)).told_by.endswith("nova-compute.service")
+
+    host.runs("nova-compute")
+    assert service.found(str(host.root)).pid == 4711
