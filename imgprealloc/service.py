@@ -50,7 +50,7 @@ class Invocation:
     :param environment: its variables; None: those of this process
     :param folder: its working directory
     :param pid: its process; None if it does not run
-    :param started: when, in seconds since the epoch; None if it does not run
+    :param started: when at the latest, in seconds since the epoch; None if it does not run
     :param unknown: what of it cannot be found out, and the way out; empty if all is known
     """
 
@@ -180,7 +180,8 @@ def _seen(root: str, pid: int, words: list[str], place: int, statistics: list[st
         environment=environment,
         folder=os.readlink(os.path.join(folder, "cwd")),
         pid=pid,
-        started=int(boot) + ticks / os.sysconf("SC_CLK_TCK"),
+        # The boot is told without its fraction of a second: not before that.
+        started=int(boot) + 1 + ticks / os.sysconf("SC_CLK_TCK"),
     )
 
 

@@ -59,11 +59,11 @@ def find(name: str, root: str = "/") -> Optional[Service]:
     for file in (path, *_drop_ins(root, name)):
         with open(file, encoding="utf-8", errors="surrogateescape") as lines:
             settings.read(lines.read())
-    if not settings.starts:
+    if not settings.start:
         return None
     environment = {**settings.environment, **settings.of_files(root)}
     # systemd's own marks, as "do not care how it ends".
-    words = shlex.split(settings.starts[-1].lstrip("@-:+!|"))
+    words = shlex.split(settings.start.lstrip("@-:+!|"))
     command = tuple(word for part in words for word in _with_variables(part, environment))
     return Service(path, command, settings.user, settings.folder, environment)
 
@@ -92,7 +92,7 @@ class _Settings:
     """What the files say of [Service], one after the other."""
 
     def __init__(self) -> None:
-        self.starts: list[str] = []
+        self.start = ""
         self.environment: dict[str, str] = {}
         self.user = ""
         self.folder = ""
@@ -104,14 +104,15 @@ class _Settings:
             line = line.strip()
             if line.startswith("["):
                 section = line
-            elif section == "[Service]" and line and line[0] not in "#;":
+            elif section == "[Service]":
+                # A comment's name is none of ours.
                 name, _, value = line.partition("=")
                 self._set(name.strip(), value.strip())
 
     def _set(self, name: str, value: str) -> None:
         if name == "ExecStart":
             # Without a value it takes back what was said before.
-            self.starts = [*self.starts, value] if value else []
+            self.start = value
         elif name == "Environment":
             words = dict(word.split("=", 1) for word in shlex.split(value) if "=" in word)
             self.environment = {**self.environment, **words} if value else {}

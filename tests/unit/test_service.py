@@ -85,7 +85,7 @@ def test_running_one_tells_its_words_its_variables_and_when_it_was_started(host:
     assert found.configuration == DEBIAN
     assert (found.python, found.prog, found.folder) == ("/usr/bin/python3", "nova-compute", "/var/lib/nova")
     assert found.environment == {"HOME": "/var/lib/nova"}
-    assert (found.pid, found.started, found.unknown) == (4711, BOOT + 30, "")
+    assert (found.pid, found.started, found.unknown) == (4711, BOOT + 31, "")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ Type=notify
 ExecStart=/usr/bin/nova-compute
 
 [Install]
+ExecStart=/nor/in/this/one
 WantedBy=multi-user.target
 """
 
@@ -80,8 +81,8 @@ def test_drop_in_takes_the_command_back_and_gives_another(tmp_path: pathlib.Path
 
 def test_drop_ins_are_read_by_their_names_and_one_replaces_its_namesake(tmp_path: pathlib.Path) -> None:
     unit(tmp_path, RDO)
-    unit(tmp_path, "[Service]\nExecStart=\nExecStart=/last\n", "usr/lib", f"{NAME}.d/20.conf")
-    unit(tmp_path, "[Service]\nExecStart=\nExecStart=/first\n", "etc", f"{NAME}.d/10.conf")
+    unit(tmp_path, "[Service]\nExecStart=\nExecStart=/first\n", "usr/lib", f"{NAME}.d/10.conf")
+    unit(tmp_path, "[Service]\nExecStart=\nExecStart=/last\n", "etc", f"{NAME}.d/20.conf")
     unit(tmp_path, "[Service]\nUser=other\n", "etc", f"{NAME}.d/30.conf")
     unit(tmp_path, "[Service]\nUser=hidden\n", "usr/lib", f"{NAME}.d/30.conf")
     unit(tmp_path, "[Service]\nUser=no-drop-in\n", "etc", f"{NAME}.d/40.conf.bak")
