@@ -186,6 +186,7 @@ def test_drop_in_does_not_count_where_a_file_is_named_that_says_otherwise(
 
     assert named.status == 1
     assert named.rows["configuration"] == (True, f"{drop_in}, {stock}")
+    assert f"{STOCK}, by {stock}; " in named.rows["compute_driver"][1]
     # The control: without that word it does.
     assert by_default.status == 0
     assert by_default.rows["configuration"] == (True, f"{stock}, {drop_in}")
