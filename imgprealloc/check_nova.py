@@ -13,6 +13,8 @@ from importlib import metadata
 import importlib.util
 import logging
 import os
+import shlex
+import sys
 import types
 import warnings
 
@@ -22,6 +24,7 @@ from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import opts
 from imgprealloc import qemu_img
+from imgprealloc import service
 from imgprealloc import storage
 
 DRIVER = "imgprealloc.LibvirtDriver"
@@ -37,19 +40,22 @@ class Finding:
     :param good: whether instances can be preallocated as far as this goes
     :param detail: what was found, and where it is not good, the way out
     :param is_one_of_many: whether it is worth a line only where it is not good
+    :param wants_restart: whether it is so only once nova-compute has been restarted
     """
 
     subject: str
     good: bool
     detail: str
     is_one_of_many: bool = False
+    wants_restart: bool = False
 
 
-def check(config_files: list[str]) -> Iterator[Finding]:
-    """Look at Nova, qemu-img, the configuration and the filesystem.
+def check(config_files: list[str], root: str = "/") -> Iterator[Finding]:
+    """Look at Nova, how its service is started, qemu-img, the configuration and the filesystem.
 
-    :param config_files: as for nova-compute's --config-file; none: Nova's own
-        default places
+    :param config_files: as for nova-compute's --config-file; none: what this
+        host's nova-compute was started with, or would be
+    :param root: where this host's /proc and services are looked for
     """
     try:
         version = metadata.version("nova")
@@ -68,34 +74,114 @@ def check(config_files: list[str]) -> Iterator[Finding]:
     import nova.conf
 
     conf = nova.conf.CONF
-    try:
-        conf([], project="nova", prog="nova-compute", default_config_files=config_files or None)
-        opts.register(conf)
-        opts.validate(conf)
-    except (cfg.Error, ValueError) as exc:
-        yield Finding("configuration", False, str(exc))
+    services = service.running(root) or [*filter(None, [service.configured(root)])]
+    meant = _meant(services, config_files)
+    with meant.surroundings():
+        try:
+            conf(list(meant.configuration), project="nova", prog=meant.prog)
+            opts.register(conf)
+            opts.validate(conf)
+        except (cfg.Error, ValueError) as exc:
+            yield Finding("configuration", False, str(exc))
+            return
+        files = meant.files_read(conf)
+        yield Finding("configuration", True, ", ".join(files or ["no file: all defaults"]))
+        yield _service(services, meant, [other.files_read(conf) for other in services], files)
+        yield from _restart(meant, files)
+        # Not earlier: see the module.
+        from imgprealloc import seams
+        import imgprealloc.nova as integration
+
+        for seam in seams.compared():
+            yield Finding(seam.name, seam.fault is None, seam.fault or "as expected", is_one_of_many=True)
+        yield _driver(conf, integration, files)
+        yield _switch(conf, integration, files)
+        yield _backend(conf)
+        yield _qemu_img()
+        yield from _given_back(conf)
+        yield _instances_path(conf)
+
+
+def _meant(services: list[service.Invocation], config_files: list[str]) -> service.Invocation:
+    """Return the invocation whose configuration is looked at.
+
+    :param config_files: what the caller has named, which counts more than what is found
+    """
+    found = services[0] if services else service.Invocation()
+    if not config_files:
+        return found
+    named = tuple(f"--config-file={os.path.abspath(file)}" for file in config_files)
+    return dataclasses.replace(found, arguments=named, unknown="")
+
+
+def _service(
+    services: list[service.Invocation], meant: service.Invocation, read: list[list[str]], files: list[str]
+) -> Finding:
+    """Tell who starts nova-compute with what, and whether that is what is looked at here.
+
+    :param read: the files that each of the services has read
+    :param files: those that are looked at
+    """
+    subject = "nova-compute"
+    if not services:
+        return Finding(subject, True, "no service of it is here; Nova's own places are looked at for its configuration")
+    if meant.unknown:
+        return Finding(subject, False, meant.unknown)
+    theirs, ours = (service.environment_of(python) for python in (meant.python or sys.executable, sys.executable))
+    if theirs != ours:
+        way_out = f"run {theirs}/bin/imgprealloc, or install imgprealloc there"
+        return Finding(
+            subject, False, f"{meant.told_by}: its Python is that of {theirs}, this one of {ours}; {way_out}"
+        )
+    others = [
+        f"{other.told_by} reads {', '.join(found) or 'no file'}"
+        for other, found in zip(services, read)
+        if found != files and not other.unknown
+    ]
+    is_chosen = meant.arguments != services[0].arguments
+    if others and not (is_chosen and files in read):
+        way_out = "do without --config-file" if is_chosen else "name one's files with --config-file"
+        return Finding(subject, False, f"{'; '.join(others)}, and that is not what is looked at here; {way_out}")
+    words = shlex.join(meant.configuration) or "no word on its configuration"
+    if meant.pid is None:
+        return Finding(subject, True, f"does not run; {meant.told_by} starts it with {words}")
+    return Finding(subject, True, f"{meant.told_by}, started with {words}")
+
+
+def _restart(meant: service.Invocation, files: list[str]) -> Iterator[Finding]:
+    """Tell of a nova-compute that runs with what has been changed since; mode and owner of a file are no change."""
+    if meant.started is None:
         return
-    yield Finding("configuration", True, ", ".join(conf.config_file or ["no file: all defaults"]))
-    # Not earlier: see the module.
-    from imgprealloc import seams
-    import imgprealloc.nova as integration
-
-    for seam in seams.compared():
-        yield Finding(seam.name, seam.fault is None, seam.fault or "as expected", is_one_of_many=True)
-    yield _driver(conf, integration)
-    yield _switch(conf, integration)
-    yield _backend(conf)
-    yield _qemu_img()
-    yield from _given_back(conf)
-    yield _instances_path(conf)
+    changed = [file for file in files if os.stat(file).st_mtime > meant.started]
+    # A package's files are older than their installation.
+    if os.stat(__file__).st_ctime > meant.started:
+        changed.append("imgprealloc itself")
+    if changed:
+        detail = f"{', '.join(changed)}: newer than {meant.told_by}; restart nova-compute"
+        yield Finding("restart", True, detail, wants_restart=True)
 
 
-def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
+def _set_by(files: list[str], name: str) -> str:
+    """Return what an option of [DEFAULT] is set by: a variable, a file, or nothing at all."""
+    variable = f"OS_DEFAULT__{name.upper()}"
+    if variable in os.environ:
+        return f"the environment ({variable})"
+    for file in reversed(files):
+        sections: dict[str, dict[str, list[str]]] = {}
+        cfg.ConfigParser(file, sections).parse()
+        if name in sections.get("DEFAULT", {}):
+            return file
+    return "default"
+
+
+def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType, files: list[str]) -> Finding:
     if integration.is_patched(conf.use_cow_images):
         patched = f"{conf.compute_driver}, and imagebackend is patched (contrib/), but not what the driver does itself"
         return Finding("compute_driver", True, patched)
     if conf.compute_driver != DRIVER:
-        return Finding("compute_driver", False, f"{conf.compute_driver}; set [DEFAULT] compute_driver = {DRIVER}")
+        set_by = _set_by(files, "compute_driver")
+        remedy = f"set [DEFAULT] compute_driver = {DRIVER}" + (" there" if set_by in files else "")
+        return Finding("compute_driver", False, f"{conf.compute_driver}, by {set_by}; {remedy}")
     for module in ("nova.virt.imgprealloc", "nova.privsep.imgprealloc"):
         if importlib.util.find_spec(module) is None:
             return Finding(
@@ -107,9 +193,10 @@ def _driver(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
     return Finding("compute_driver", True, DRIVER)
 
 
-def _switch(conf: cfg.ConfigOpts, integration: types.ModuleType) -> Finding:
+def _switch(conf: cfg.ConfigOpts, integration: types.ModuleType, files: list[str]) -> Finding:
     good = integration.is_on(conf)
-    remedy = "" if good else "; set [DEFAULT] preallocate_images = space"
+    set_by = _set_by(files, "preallocate_images")
+    remedy = "" if good else f", by {set_by}; set [DEFAULT] preallocate_images = space"
     return Finding("preallocate_images", good, f"{conf.preallocate_images}{remedy}")
 
 

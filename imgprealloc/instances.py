@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import os
 import re
 from typing import Optional
@@ -56,12 +57,15 @@ def disks_below(folder: str) -> Iterator[str]:
             yield path
 
 
-def configured_path() -> str:
-    """Return instances_path, as nova.conf has it in the places where Nova looks for that.
+def configured_path(configuration: Sequence[str] = (), prog: str = "nova-compute") -> str:
+    """Return instances_path, as nova-compute's configuration has it.
 
+    :param configuration: nova-compute's arguments that name it; none: where Nova looks
+        for it
+    :param prog: its name, by which Nova looks
     :raises: oslo_config.cfg.Error
     """
     conf = cfg.ConfigOpts()
     conf.register_opts(_OPTIONS)
-    conf([], project="nova", prog="nova-compute")
+    conf(list(configuration), project="nova", prog=prog)
     return str(conf.instances_path)

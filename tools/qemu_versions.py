@@ -11,7 +11,6 @@ page is not written then. The last line that sum prints has the sums.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from collections.abc import Sequence
 import json
 import os
@@ -22,15 +21,14 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
-from xml.etree import ElementTree
 
+import junit
 import rst
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 _PAGE = _REPOSITORY / "doc" / "source" / "qemu.rst"
 _EVERYTHING = ["tests/functional"]
 
-_OUTCOMES = ("passed", "failed", "skipped")
 MiB = 1 << 20
 
 _TITLE = """\
@@ -83,7 +81,7 @@ def _run(options: argparse.Namespace) -> bool:
         report = pathlib.Path(scratch, "report.xml")
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
         done = subprocess.run([*command, *options.tests], cwd=_REPOSITORY, check=False)
-        result = counted(report.read_text()) if report.exists() else counted("<testsuites/>")
+        result = junit.counted(report.read_text() if report.exists() else "<testsuites/>")
     result = {
         "qemu": _version(),
         "package": options.package,
@@ -123,40 +121,12 @@ def _held(disk: pathlib.Path, format: str) -> int:
     return int(json.loads(said.stdout).get("allocated-clusters", 0)) * 65536
 
 
-def counted(report: str) -> dict[str, Any]:
-    """Count the tests in a report of pytest (JUnit XML), by file; name what has failed and why some were skipped."""
-    files: dict[str, dict[str, int]] = {}
-    failures: dict[str, str] = {}
-    skips: list[str] = []
-    for name, file, outcome, message in _cases(report):
-        counts = files.setdefault(file, dict.fromkeys(_OUTCOMES, 0))
-        counts[outcome] += 1
-        if outcome == "failed":
-            failures[f"{file}::{name}"] = message
-        if outcome == "skipped":
-            skips.append(message)
-    return {"files": files, "failures": failures, "skips": sorted(set(skips))}
-
-
-def _cases(report: str) -> Iterator[tuple[str, str, str, str]]:
-    for case in ElementTree.fromstring(report).iter("testcase"):
-        outcome, message = "passed", ""
-        for child in case:
-            # An error is that of a fixture, or of a whole file.
-            if child.tag in ("failure", "error", "skipped"):
-                outcome = "skipped" if child.tag == "skipped" else "failed"
-                message = (child.get("message") or "").partition("\n")[0]
-        # A file that cannot be imported has no class.
-        file = (case.get("classname") or case.get("name") or "").rpartition(".")[2]
-        yield case.get("name") or "", file, outcome, message
-
-
 def _sum(options: argparse.Namespace) -> bool:
     results = [json.loads(pathlib.Path(name).read_text()) for name in options.files if os.path.exists(name)]
     missing = len(options.files) - len(results)
     if options.page and not missing:
         _PAGE.write_text(page(results))
-    sums = dict.fromkeys(_OUTCOMES, 0)
+    sums = dict.fromkeys(junit.OUTCOMES, 0)
     sums["failed"] = missing
     for result in results:
         told = ", ".join(f"{number} {word}" for word, number in _counts(result).items())
@@ -170,7 +140,7 @@ def _sum(options: argparse.Namespace) -> bool:
 
 
 def _counts(result: dict[str, Any]) -> dict[str, int]:
-    counts = {word: sum(file[word] for file in result["files"].values()) for word in _OUTCOMES}
+    counts = {word: sum(file[word] for file in result["files"].values()) for word in junit.OUTCOMES}
     # A run that ended early has no number of its own.
     counts["failed"] = counts["failed"] or int(not result["good"])
     return counts

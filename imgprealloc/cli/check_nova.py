@@ -21,7 +21,8 @@ class CheckNova(lister.Lister):
             action="append",
             default=[],
             metavar="FILE",
-            help="nova.conf, as given to nova-compute; may be repeated (default: where Nova looks for it)",
+            help="nova.conf, as given to nova-compute; may be repeated (default: what this host's nova-compute was "
+            "started with; else what its service would start it with; else where Nova looks for it)",
         )
         parser.add_argument("--long", action="store_true", help="list every place in Nova that was compared, too")
         return parser
@@ -32,9 +33,11 @@ class CheckNova(lister.Lister):
         shown = self.findings
         if parsed_args.formatter == "table":
             bad = sum(not found.good for found in self.findings)
-            answer = (
-                f"will NOT be preallocated as promised: {bad} of these are not good" if bad else "will be preallocated"
-            )
+            answer = "will be preallocated"
+            if bad:
+                answer = f"will NOT be preallocated as promised: {bad} of these are not good"
+            elif any(found.wants_restart for found in self.findings):
+                answer = "will be preallocated once nova-compute has been restarted"
             self.app.stdout.write(f"Instances {answer}.\n")
             shown = sorted(self.findings, key=lambda found: found.good)
             if not parsed_args.long:

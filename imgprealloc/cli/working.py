@@ -23,6 +23,7 @@ from imgprealloc import filesystem
 from imgprealloc import instances
 from imgprealloc import mounts
 from imgprealloc import record
+from imgprealloc import service
 from imgprealloc.cli import abreast
 from imgprealloc.cli import signals
 from imgprealloc.image import DiskImage
@@ -103,7 +104,7 @@ class Working(command.Command):
         """
         found: list[str] = []
         try:
-            meant = paths or [instances.configured_path()]
+            meant = paths or [_instances_path()]
         except cfg.Error as exc:
             self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
             return []
@@ -174,6 +175,16 @@ class Working(command.Command):
     def _tell(self, error: object) -> None:
         self.status = 1
         self.app.LOG.error(error, exc_info=self.app.options.debug)
+
+
+def _instances_path() -> str:
+    """Return where this host's nova-compute has its instances, by the configuration that it reads.
+
+    :raises: oslo_config.cfg.Error
+    """
+    started = service.found()
+    with started.surroundings():
+        return instances.configured_path(started.configuration, started.prog)
 
 
 def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:

@@ -23,6 +23,7 @@ from imgprealloc import check_nova
 from imgprealloc import cli
 from imgprealloc import domains
 from imgprealloc import instances
+from imgprealloc import service
 from imgprealloc import sizes
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
@@ -352,9 +353,24 @@ def test_without_a_path_all_instances_of_this_host_are_meant(
     )
     monkeypatch.setenv("HOME", str(home))
 
-    shown = run(verb, "-f", "value", "-c", "path", "--disk-format", "raw")
+    # Whatever may run on this machine.
+    with fixtures.MockPatchObject(service, "found", service.Invocation):
+        shown = run(verb, "-f", "value", "-c", "path", "--disk-format", "raw")
 
     assert (shown.status, os.path.realpath(shown.out.strip())) == (0, os.path.join(folder, "disk"))
+
+
+def test_host_s_instances_are_where_its_nova_compute_has_been_told_that_they_are(
+    host: Host, run: Run, tmp_path: pathlib.Path
+) -> None:
+    folder = instance_with(host, "disk")
+    (tmp_path / "nova-cpu.conf").write_text(f"[DEFAULT]\ninstances_path = {host.folder}\n")
+    started = service.Invocation(arguments=("--config-file", "nova-cpu.conf"), environment={}, folder=str(tmp_path))
+
+    with fixtures.MockPatchObject(service, "found", lambda: started):
+        shown = run("show", "-f", "value", "-c", "path", "--disk-format", "raw")
+
+    assert shown.out.split() == [os.path.join(folder, "disk")]
 
 
 def test_folder_without_disks_is_an_error_and_keeps_the_rest_from_nothing(host: Host, run: Run) -> None:
@@ -402,7 +418,7 @@ def test_rows_are_sorted_by_state_also_where_one_has_none(host: Host, run: Run) 
 
 
 def test_folder_that_is_not_there_is_an_error(host: Host, run: Run) -> None:
-    with fixtures.MockPatchObject(instances, "configured_path", lambda: host.path("nowhere")):
+    with fixtures.MockPatchObject(instances, "configured_path", lambda *_: host.path("nowhere")):
         ended = run("show")
 
     assert ended.status == 1
@@ -743,6 +759,7 @@ FINDINGS = [
     check_nova.Finding("Flat.exists", True, "as expected", is_one_of_many=True),
 ]
 MISSING = check_nova.Finding("Qcow2.cache", False, "it is missing", is_one_of_many=True)
+RESTART = check_nova.Finding("restart", True, "nova.conf", wants_restart=True)
 
 
 def subjects(table: str) -> list[str]:
@@ -755,6 +772,8 @@ def subjects(table: str) -> list[str]:
         (FINDINGS, [], 0, "Instances will be preallocated.", ["Nova"]),
         (FINDINGS, ["--long"], 0, "Instances will be preallocated.", ["Nova", "Flat.cache", "Flat.exists"]),
         ([*FINDINGS, MISSING], [], 1, "NOT be preallocated as promised: 1 of", ["Qcow2.cache", "Nova"]),
+        ([*FINDINGS, RESTART], [], 0, "preallocated once nova-compute has been restarted.", ["Nova", "restart"]),
+        ([RESTART, MISSING], [], 1, "NOT be preallocated as promised: 1 of", ["Qcow2.cache", "restart"]),
     ],
 )
 def test_answer_comes_first_then_what_is_not_good(

@@ -22,9 +22,9 @@ MODULES = {
 # The house: each module stands on those below it, and knows of nothing above.
 FLOORS = (
     {"image", "exceptions", "log", "presence", "progress", "pace", "native_thread", "rounds", "instances", "sizes"},
-    {"os_errors", "settings", "layout", "domains"},
+    {"os_errors", "settings", "layout", "domains", "systemd_unit"},
     {"command", "plan"},
-    {"qemu_img", "fallocate", "qcow2_header"},
+    {"qemu_img", "fallocate", "qcow2_header", "service"},
     {"subclusters", "cluster_map", "refcounts", "worst_case"},
     {"mounts"},
     {"filesystem"},
