@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real filesystems on loop devices, for the tests, the demo and the benchmarks. Needs root."""
+"""Small real filesystems on loop devices, for the tests, the demo and the benchmarks.
+
+Needs root, or in the environment's IMGPREALLOC_AS_ROOT what has a command run by
+root (sudo).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
 import os
+import shlex
 import subprocess
 import tempfile
+
+# What goes before a command that root has to run.
+AS_ROOT = tuple(shlex.split(os.environ.get("IMGPREALLOC_AS_ROOT", "")))
 
 _MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F"],
@@ -55,11 +63,11 @@ def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) 
 
 @contextlib.contextmanager
 def _attached(image: str, sector_size: int) -> Iterator[str]:
-    device = _run(["losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
+    device = _run([*AS_ROOT, "losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
     try:
         yield device
     finally:
-        _run(["losetup", "--detach", device])
+        _run([*AS_ROOT, "losetup", "--detach", device])
 
 
 @contextlib.contextmanager
@@ -86,14 +94,16 @@ def bound(source: str, target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mounted(what: list[str], mount_point: str) -> Iterator[None]:
-    _run(["mount", *what, mount_point])
+    _run([*AS_ROOT, "mount", *what, mount_point])
     try:
+        if AS_ROOT:
+            _run([*AS_ROOT, "chown", f"{os.geteuid()}:{os.getegid()}", mount_point])
         yield
     finally:
-        refused = subprocess.run(["umount", mount_point], check=False).returncode
+        refused = subprocess.run([*AS_ROOT, "umount", mount_point], check=False).returncode
         if refused and os.path.ismount(mount_point):
             # Something still has a file open there; it goes when that ends.
-            _run(["umount", "-l", mount_point])
+            _run([*AS_ROOT, "umount", "-l", mount_point])
 
 
 def fill(mount_point: str, *, leave: int = 0) -> None:
