@@ -112,7 +112,8 @@ def try_exclusive(fd: int) -> bool:
     try:
         _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, _OURS)
     except OSError as exc:
-        if exc.errno in (errno.EAGAIN, errno.EACCES):
+        # Not EACCES, which POSIX allows for it, and by which AppArmor and SELinux forbid all locks.
+        if exc.errno == errno.EAGAIN:
             return False
         raise
     return True

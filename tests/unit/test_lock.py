@@ -302,9 +302,11 @@ def test_any_other_fault_of_a_lock_is_an_error(fd: int) -> None:
         lock.has_writer(fd)
 
 
-def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
+# By EACCES AppArmor and SELinux say that there are to be no locks.
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int, code: int) -> None:
     with (
-        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)),
         pytest.raises(OSError, match="no locks"),
     ):
         lock.try_exclusive(fd)
