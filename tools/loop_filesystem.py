@@ -8,6 +8,7 @@ root (sudo).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import os
 import shlex
@@ -32,14 +33,25 @@ COMMON = ("ext4", "xfs")
 
 
 @contextlib.contextmanager
-def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) -> Iterator[str]:
+def mounted(
+    kind: str,
+    size: int,
+    *,
+    sector_size: int = 512,
+    reserved: int = 0,
+    features: Sequence[str] = (),
+    options: str = "",
+) -> Iterator[str]:
     """Make a filesystem, mount it, and unmount and remove it afterwards.
 
     :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
     :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
     :param sector_size: bytes, of the device that it is on
     :param reserved: percent that ext4 keeps for root; mkfs's own choice is 5
+    :param features: what mkfs is told beside
+    :param options: what mount(8) is told beside, with commas between
     :returns: the mount point
+    :raises: RuntimeError, with what was said, where that cannot be had
     """
     with (
         tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory,
@@ -54,9 +66,11 @@ def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) 
             with open(image, "wb") as file:
                 file.truncate(size)
             device = image if sector_size == 512 else stack.enter_context(_attached(image, sector_size))
-            _run([*_MKFS[kind], *(["-m", str(reserved)] if kind in ("ext4", "ext2") else []), device])
+            kept = ["-m", str(reserved)] if kind in ("ext4", "ext2") else []
+            _run([*_MKFS[kind], *kept, *features, device])
             # -t, because ext4's driver would mount ext2 otherwise.
-            what = ["-t", kind, *(["-o", "loop"] if device == image else []), device]
+            told = ["rw", *(["loop"] if device == image else []), *filter(None, [options])]
+            what = ["-t", kind, "-o", ",".join(told), device]
         with _mounted(what, mount_point):
             yield mount_point
 
