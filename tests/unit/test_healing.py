@@ -204,7 +204,7 @@ def test_disk_that_cannot_be_replaced_is_reserved(
             raise error(kind)
         return mock.Mock()
 
-    with fixtures.MockPatchObject(healing.looks, "remember", mock.Mock()):
+    with fixtures.MockPatchObject(looks, "remember", mock.Mock()):
         healing.heal(playing(preallocate), disk, "qcow2", "rewrite", turn)
 
     assert asked == ["rewrite", "reserve"]
