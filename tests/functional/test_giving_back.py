@@ -21,8 +21,7 @@ from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
-from imgprealloc import format
-from imgprealloc import raw
+from imgprealloc.promise import Promise
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -75,8 +74,7 @@ def _leave(folder: pathlib.Path, room: int) -> None:
 @pytest.fixture(autouse=True)
 def _taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the space seem to be there when it is asked for, as statvfs(2) says where it cannot be had."""
-    for module in (format, raw):
-        monkeypatch.setattr(module, "require_space", lambda place, needed, fd=None: None)
+    monkeypatch.setattr(Promise, "require_space", lambda self, place, needed, fd=None: None)
 
 
 @pytest.fixture
