@@ -18,6 +18,7 @@ from imgprealloc.exceptions import IncompatibleNova
 from imgprealloc.exceptions import InvalidSize
 from imgprealloc.exceptions import NoSpace
 from imgprealloc.exceptions import NotPreallocated
+from imgprealloc.exceptions import OwnerNotKept
 from imgprealloc.exceptions import PreallocationError
 from imgprealloc.exceptions import ProgramKilled
 from imgprealloc.exceptions import ProgramMissing
@@ -61,6 +62,7 @@ __all__ = (
     "NotPreallocated",
     "OnUnsupported",
     "OverlaySubclusters",
+    "OwnerNotKept",
     "Pace",
     "Plan",
     "PreallocationError",

@@ -157,12 +157,18 @@ def claimed(path: str) -> Iterator[DiskFile]:
             if exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             fd = _open(path, name, folder_fd, os.O_RDONLY)
+            is_ours = True
         else:
-            if not _try_exclusive(fd):
+            try:
+                is_ours = _try_exclusive(fd)
+            except OSError:
                 os.close(fd)
-                raise exceptions.ImageInUse(
-                    path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
-                )
+                raise
+        if not is_ours:
+            os.close(fd)
+            raise exceptions.ImageInUse(
+                path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+            )
         try:
             file = DiskFile(path, folder, folder_fd, name, fd)
             # Another may have put a new file there between our open and our lock.

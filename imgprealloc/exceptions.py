@@ -61,6 +61,10 @@ class DiskIsLink(PreallocationError):
     """The disk is a link, or has a second name, and would have to be replaced."""
 
 
+class OwnerNotKept(PreallocationError):
+    """The disk would have to be replaced, and the new one could not have its owner, mode, ACL or label."""
+
+
 class FileInTheWay(PreallocationError):
     """Somebody's file has the name that our temporary file beside the disk would have."""
 

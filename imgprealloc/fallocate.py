@@ -41,10 +41,12 @@ _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
 _FIEMAP_MAX_LENGTH = 2**64 - 1
+_FLAG_SYNC = 0x0001
 _EXTENT_LAST = 0x0001
 # Delayed allocations have no place yet.
 _EXTENT_UNKNOWN = 0x0002
 _EXTENT_UNWRITTEN = 0x0800
+_EXTENT_MERGED = 0x1000
 _EXTENT_SHARED = 0x2000
 _EXTENTS_A_CALL = 512
 
@@ -204,24 +206,30 @@ def fill_named(path: str, device: int, inode: int, start: int, length: int) -> N
         os.close(fd)
 
 
-def gaps(name: str, start: int, end: int) -> list[Extent]:
+def gaps(found: Sequence[Extent] | None, start: int, end: int) -> list[Extent]:
     """List what is not set aside between start and end, in no more than _MOST_GAPS pieces.
 
     For reserve(), because XFS wants as much free space as the whole range has,
     allocated already or not.
+
+    :param found: the file's extents()
     """
-    found = extents(name)
     if found is None:
         return [Extent(start, end - start)]
     return native_thread.run(_gaps, found, start, end)
 
 
-def _gaps(found: Sequence[Extent], start: int, end: int) -> list[Extent]:
+def _missing(found: Sequence[Extent], start: int, end: int) -> ExtentMap:
     missing = ExtentMap()
     position = start
     for extent in itertools.chain(found, [Extent(end, 0)]):
         missing.add(position, min(extent.start, end), shared=False)
         position = max(position, extent.end)
+    return missing
+
+
+def _gaps(found: Sequence[Extent], start: int, end: int) -> list[Extent]:
+    missing = _missing(found, start, end)
     if len(missing) <= _MOST_GAPS:
         return list(missing)
     size = -(-len(missing) // _MOST_GAPS)
@@ -301,14 +309,16 @@ def _fiemap(fd: int) -> ExtentMap:
     return joined
 
 
-def _answers(fd: int) -> Iterator[list[tuple[int, ...]]]:
-    """Ask for the extents of an open file, as the kernel tells them: some hundreds at a time."""
+def _answers(fd: int, how: int = 0) -> Iterator[list[tuple[int, ...]]]:
+    """Ask for the extents of an open file, as the kernel tells them: some hundreds at a time.
+
+    Without FIEMAP_FLAG_SYNC, unless it is asked for: it would wait for the writes of
+    a guest. Delayed allocations are listed too, and count as set aside.
+    """
     end, flags = 0, 0
     while not flags & _EXTENT_LAST:
-        # Without FIEMAP_FLAG_SYNC, which would wait for the writes of a guest:
-        # delayed allocations are listed too, and count as set aside.
         buffer = bytearray(_FIEMAP.size + _EXTENTS_A_CALL * _FIEMAP_EXTENT.size)
-        _FIEMAP.pack_into(buffer, 0, end, _FIEMAP_MAX_LENGTH - end, 0, 0, _EXTENTS_A_CALL, 0)
+        _FIEMAP.pack_into(buffer, 0, end, _FIEMAP_MAX_LENGTH - end, how, 0, _EXTENTS_A_CALL, 0)
         _ioctl(fd, _FS_IOC_FIEMAP, buffer)
         found = _FIEMAP.unpack_from(buffer)[3]
         if not found:
@@ -333,6 +343,37 @@ def placed(fd: int) -> Iterator[Placed]:
                 bool(flags & _EXTENT_UNWRITTEN),
                 bool(flags & _EXTENT_SHARED),
             )
+
+
+def filled(fd: int, before: Sequence[Extent], start: int, end: int) -> Sequence[Extent]:
+    """List what was a hole between start and end, is set aside now, and has had nothing written to it.
+
+    What is dirty is written out first, because until then an extent with data
+    in the page cache is called unwritten.
+
+    :param before: the file's extents() when it was a hole
+    :raises: OSError
+    """
+    return native_thread.run(_filled, fd, before, start, end)
+
+
+def _filled(fd: int, before: Sequence[Extent], start: int, end: int) -> ExtentMap:
+    found = ExtentMap()
+    holes = iter(_missing(before, start, end))
+    hole = next(holes, None)
+    for answer in _answers(fd, _FLAG_SYNC):
+        for logical, _, length, _, _, flags, _, _, _ in answer:
+            # A flag that says anything else, also one that we do not know, is a reason to leave it.
+            if flags & ~(_EXTENT_LAST | _EXTENT_MERGED) != _EXTENT_UNWRITTEN:
+                continue
+            while hole is not None and hole.end <= logical:
+                hole = next(holes, None)
+            while hole is not None and hole.start < logical + length:
+                found.add(max(hole.start, logical), min(hole.end, logical + length), shared=False)
+                if hole.end > logical + length:
+                    break
+                hole = next(holes, None)
+    return found
 
 
 def held(found: Iterable[Extent], end: int) -> int:

@@ -12,8 +12,11 @@ from typing import ClassVar, Literal, Optional
 
 from imgprealloc import exceptions
 from imgprealloc import fallocate
+from imgprealloc import giving_back
+from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import native_thread
+from imgprealloc import os_errors
 from imgprealloc import sizes
 from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
@@ -235,16 +238,20 @@ def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Prom
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
     # Whoever has it open keeps us from writing, and not from setting aside.
-    if written and not image.in_use:
-        zeros.write(file.path, file.fd)
+    written = written and not image.in_use
+    if written:
+        lock.refuse_users(file.path, file.fd)
     fill(file, length, promise)
+    if written:
+        # Into what is set aside already: where the space runs out, that can be given
+        # back, and zeros could not.
+        zeros.write(file.path, file.fd)
 
 
 def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
-    """Fill the holes of a file; with zeros, where there is no other way."""
+    """Fill the holes of a file, all or none; with zeros, where there is no other way."""
     if promise.holds_space:
-        for gap in fallocate.gaps(file.program_name, start, start + length):
-            fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
+        _reserve(file, start, start + length)
     elif promise.mode == "full":
         zeros.write(file.path, file.fd)
 
@@ -258,6 +265,18 @@ def write_out(file: DiskFile, promise: Promise, start: int = 0) -> None:
     """Write from start on what qemu-img was only told to set aside, where that is not what was promised."""
     if promise.of_qemu != promise.mode:
         zeros.write(file.path, file.fd, start=start)
+
+
+def _reserve(file: DiskFile, start: int, end: int) -> None:
+    before = fallocate.extents(file.program_name)
+    try:
+        with os_errors.translated(file.path):
+            for gap in fallocate.gaps(before, start, end):
+                fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
+    except exceptions.NoSpace:
+        # Else nobody on this filesystem could write any more, and nobody would have gained.
+        giving_back.give_back(file.path, file.fd, before, start, end)
+        raise
 
 
 def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:

@@ -102,7 +102,12 @@ def heal(
         with turn, fallocate.filling_by(None if is_ours else filler):
             try:
                 after = strategy.preallocate(path, existing, format=format, known=known, write_held=False)
-            except (exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.FileInTheWay) as exc:
+            except (
+                exceptions.ImageInUse,
+                exceptions.DiskIsLink,
+                exceptions.OwnerNotKept,
+                exceptions.FileInTheWay,
+            ) as exc:
                 if existing == "reserve":
                     raise
                 log.warn_once("not replaced", path, f"not made anew: {exc}")

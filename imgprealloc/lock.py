@@ -112,7 +112,8 @@ def try_exclusive(fd: int) -> bool:
     try:
         _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, _OURS)
     except OSError as exc:
-        if exc.errno in (errno.EAGAIN, errno.EACCES):
+        # Not EACCES, which POSIX allows for it, and by which AppArmor and SELinux forbid all locks.
+        if exc.errno == errno.EAGAIN:
             return False
         raise
     return True
@@ -128,16 +129,17 @@ def give_up_exclusive(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def sole_opener(path: str, fd: int) -> Iterator[Callable[[], None]]:
+def sole_opener(path: str, fd: int, *, certainly: bool = False) -> Iterator[Callable[[], None]]:
     """Let whoever wants to open a file wait until the block ends, as far as the kernel can tell of them.
 
+    :param certainly: whether to refuse a file also where the kernel cannot tell
     :returns: what has to be called often, and raises ImageInUse when somebody waits
     :raises: ImageInUse
     """
     try:
         _take_lease(fd)
     except OSError as exc:
-        if exc.errno == errno.EAGAIN and not filesystem.is_remote(fd):
+        if certainly or (exc.errno == errno.EAGAIN and not filesystem.is_remote(fd)):
             raise _open_elsewhere(path) from exc
         # Another's file, or a filesystem without leases.
         yield lambda: None

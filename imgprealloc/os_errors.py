@@ -66,7 +66,7 @@ def no_space(path: str, reason: str, remedy: str | None = None) -> exceptions.No
 
 def _remedy(code: int | None) -> str:
     if code in (errno.EACCES, errno.EPERM):
-        return "Check the permissions of the file and its folder, and who runs this."
+        return "Check the permissions of the file and its folder, who runs this, and what AppArmor or SELinux says."
     if code in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
         return "Check the path, and the length of its names."
     if code in (errno.EMFILE, errno.ENFILE):

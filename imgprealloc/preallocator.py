@@ -447,6 +447,7 @@ def _planned(file: DiskFile, before: DiskImage, treatment: Treatment) -> Plan:
     try:
         if treatment.replaces:
             replacement.refuse_links(file)
+            replacement.refuse_foreign(file)
         if treatment.alone:
             lock.refuse_users(file.path, file.fd)
         written = treatment.written()

@@ -9,6 +9,7 @@ may go on, and nobody waits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import os
 import threading
 from typing import Optional
@@ -46,7 +47,8 @@ def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler]
     written to it a look at its extents.
 
     :param filler: fills them where the disk is not ours to write
-    :raises: PreallocationError, NoSpace among them, with nothing filled
+    :raises: PreallocationError, NoSpace among them: with nothing filled, unless
+        others have taken the space meanwhile
     """
     if strategy.mode == "metadata":
         return 0
@@ -66,7 +68,7 @@ def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler]
         if missing and not _is_to_have_it(strategy, file, key, missing, length):
             return 0
         if missing:
-            _fill(strategy, file, length, missing, filler)
+            _fill(strategy, file, extents, length, missing, filler)
         _remember(key, length, os.fstat(file.fd).st_blocks)
     log.forget_one("given back", path)
     return missing
@@ -88,7 +90,12 @@ def _is_to_have_it(
 
 
 def _fill(
-    strategy: Preallocator, file: disk_file.DiskFile, length: int, missing: int, filler: Optional[fallocate.Filler]
+    strategy: Preallocator,
+    file: disk_file.DiskFile,
+    extents: Sequence[fallocate.Extent],
+    length: int,
+    missing: int,
+    filler: Optional[fallocate.Filler],
 ) -> None:
     available = filesystem.room(file.fd, strategy.keep_free)
     if missing > available:
@@ -96,8 +103,10 @@ def _fill(
             file.path, f"its guest has given {sizes.exact(missing)} back", available, strategy.keep_free
         )
     is_ours = os.access(file.path, os.W_OK)
+    # What has been filled when the space runs out all the same, stays: to make holes
+    # of it again beside a guest, who may write there just then, would cost its data.
     with fallocate.filling_by(None if is_ours else filler):
-        for gap in fallocate.gaps(file.program_name, 0, length):
+        for gap in fallocate.gaps(extents, 0, length):
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
     LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
 

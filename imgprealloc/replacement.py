@@ -103,9 +103,10 @@ def replacing(
     :param durably: not for a disk that has just been made and that nobody has
         written to: that is not on stable storage either, and what its guest
         flushes takes the rest with it
-    :raises: ImageInUse, DiskIsLink, FileInTheWay, CommandFailed
+    :raises: ImageInUse, DiskIsLink, OwnerNotKept, FileInTheWay, CommandFailed
     """
     refuse_links(disk)
+    refuse_foreign(disk)
     lock.refuse_users(disk.path, disk.fd)
     tried: list[bool] = []
 
@@ -120,7 +121,10 @@ def replacing(
         else:
             judge(file)
             _refuse_other(file)
-        _copy_attributes(disk.fd, file.fd)
+        try:
+            _copy_attributes(disk.fd, file.fd)
+        except PermissionError as exc:
+            raise _owner_not_kept(disk.path, "its owner, mode, ACL or label") from exc
         # Not every writer heeds QEMU's lock. A reader is worth waiting for, now
         # that the work is done.
         lock.refuse_users(disk.path, disk.fd, patience=_PATIENCE)
@@ -300,6 +304,21 @@ def refuse_links(disk: DiskFile) -> None:
             "the disk is a link, or has a second name, and would have to be replaced",
             "Name the file itself, or remove the other names.",
         )
+
+
+def refuse_foreign(disk: DiskFile) -> None:
+    """Refuse, before any work is done, a disk that may be ours to write, as by an ACL, and is another's."""
+    owner = os.fstat(disk.fd).st_uid
+    if os.geteuid() not in (0, owner):
+        raise _owner_not_kept(disk.path, f"its owner (user ID {owner})")
+
+
+def _owner_not_kept(path: str, what: str) -> exceptions.OwnerNotKept:
+    return exceptions.OwnerNotKept(
+        path,
+        f"it would have to be replaced, and the new disk could not keep {what}",
+        "Do it as root, or as that user; its space can be set aside as it is.",
+    )
 
 
 def _copy_attributes(source: int, target: int) -> None:

@@ -47,6 +47,8 @@ def write(path: str, fd: int, *, start: int = 0) -> None:
         file meanwhile, or the filesystem calls a hole what reads as something else
     """
     lock.refuse_users(path, fd)
+    # Else what is unwritten and has all been read is not missed.
+    native_thread.run(forget_reads, fd)
     if not native_thread.run(lambda: has_unwritten(fd, start=start)):
         return
     kept = pace.current()

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real filesystems on loop devices, for the tests, the demo and the benchmarks. Needs root."""
+"""Small real filesystems on loop devices, for the tests, the demo and the benchmarks.
+
+Needs root, or in the environment's IMGPREALLOC_AS_ROOT what has a command run by
+root (sudo).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import os
+import shlex
 import subprocess
 import tempfile
+
+# What goes before a command that root has to run.
+AS_ROOT = tuple(shlex.split(os.environ.get("IMGPREALLOC_AS_ROOT", "")))
 
 _MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F"],
@@ -24,14 +33,25 @@ COMMON = ("ext4", "xfs")
 
 
 @contextlib.contextmanager
-def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) -> Iterator[str]:
+def mounted(
+    kind: str,
+    size: int,
+    *,
+    sector_size: int = 512,
+    reserved: int = 0,
+    features: Sequence[str] = (),
+    options: str = "",
+) -> Iterator[str]:
     """Make a filesystem, mount it, and unmount and remove it afterwards.
 
     :param kind: "ext4", "ext2", "xfs", "btrfs" or "tmpfs"
     :param size: bytes; XFS wants 300 MiB, btrfs 110 MiB at the least
     :param sector_size: bytes, of the device that it is on
     :param reserved: percent that ext4 keeps for root; mkfs's own choice is 5
+    :param features: what mkfs is told beside
+    :param options: what mount(8) is told beside, with commas between
     :returns: the mount point
+    :raises: RuntimeError, with what was said, where that cannot be had
     """
     with (
         tempfile.TemporaryDirectory(prefix=f"imgprealloc-{kind}-") as directory,
@@ -46,20 +66,22 @@ def mounted(kind: str, size: int, *, sector_size: int = 512, reserved: int = 0) 
             with open(image, "wb") as file:
                 file.truncate(size)
             device = image if sector_size == 512 else stack.enter_context(_attached(image, sector_size))
-            _run([*_MKFS[kind], *(["-m", str(reserved)] if kind in ("ext4", "ext2") else []), device])
+            kept = ["-m", str(reserved)] if kind in ("ext4", "ext2") else []
+            _run([*_MKFS[kind], *kept, *features, device])
             # -t, because ext4's driver would mount ext2 otherwise.
-            what = ["-t", kind, *(["-o", "loop"] if device == image else []), device]
+            told = ["rw", *(["loop"] if device == image else []), *filter(None, [options])]
+            what = ["-t", kind, "-o", ",".join(told), device]
         with _mounted(what, mount_point):
             yield mount_point
 
 
 @contextlib.contextmanager
 def _attached(image: str, sector_size: int) -> Iterator[str]:
-    device = _run(["losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
+    device = _run([*AS_ROOT, "losetup", "--find", "--show", "--sector-size", str(sector_size), image]).strip()
     try:
         yield device
     finally:
-        _run(["losetup", "--detach", device])
+        _run([*AS_ROOT, "losetup", "--detach", device])
 
 
 @contextlib.contextmanager
@@ -86,14 +108,16 @@ def bound(source: str, target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mounted(what: list[str], mount_point: str) -> Iterator[None]:
-    _run(["mount", *what, mount_point])
+    _run([*AS_ROOT, "mount", *what, mount_point])
     try:
+        if AS_ROOT:
+            _run([*AS_ROOT, "chown", f"{os.geteuid()}:{os.getegid()}", mount_point])
         yield
     finally:
-        refused = subprocess.run(["umount", mount_point], check=False).returncode
+        refused = subprocess.run([*AS_ROOT, "umount", mount_point], check=False).returncode
         if refused and os.path.ismount(mount_point):
             # Something still has a file open there; it goes when that ends.
-            _run(["umount", "-l", mount_point])
+            _run([*AS_ROOT, "umount", "-l", mount_point])
 
 
 def fill(mount_point: str, *, leave: int = 0) -> None:

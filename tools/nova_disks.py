@@ -8,13 +8,16 @@ driver calls them; only the download from Glance is a link to a local file.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 import types
 from typing import Any
 
 # Nova 27 to 33 would patch the whole interpreter for eventlet otherwise.
 os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true")
 
+import loop_filesystem
 import nova.conf
 
 # For its option lock_path, which nothing above imports in every environment.
@@ -25,6 +28,15 @@ import nova.privsep
 
 CONF = nova.conf.CONF
 new_uuid = uuidutils.generate_uuid
+
+
+def _get_privileges() -> None:
+    """Have Nova do as root itself what it would have its daemon do, or start that as a service does."""
+    context = nova.privsep.sys_admin_pctxt
+    if loop_filesystem.AS_ROOT:
+        helper = os.path.join(os.path.dirname(sys.executable), "privsep-helper")
+        CONF.set_override("helper_command", shlex.join([*loop_filesystem.AS_ROOT, helper]), group=context.cfg_section)
+    context.set_client_mode(bool(loop_filesystem.AS_ROOT))
 
 
 class Disks:
@@ -42,7 +54,7 @@ class Disks:
         CONF.set_override("instances_path", instances_path)
         CONF.set_override("preallocate_images", "space")
         CONF.set_override("lock_path", os.path.join(instances_path, "locks"), group="oslo_concurrency")
-        nova.privsep.sys_admin_pctxt.set_client_mode(False)
+        _get_privileges()
         # Only now: imagebackend reads options as it is imported.
         from nova.virt.libvirt import imagebackend
 

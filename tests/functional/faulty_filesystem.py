@@ -135,7 +135,8 @@ def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Ite
                     time.sleep(0.02)
                 yield FaultyFilesystem(below, mount_point, control)
             finally:
-                subprocess.run(["umount", "-l", mount_point], check=False, stderr=subprocess.DEVNULL)
+                unmount = ["fusermount3", "-u", "-z"] if os.geteuid() else ["umount", "-l"]
+                subprocess.run([*unmount, mount_point], check=False, stderr=subprocess.DEVNULL)
                 try:
                     process.wait(3)
                 except subprocess.TimeoutExpired:
@@ -344,7 +345,7 @@ def _main(below: str, mount_point: str, control: str) -> None:
 
     threading.Thread(target=fault.serve, args=(control,), daemon=True).start()
     Fuse(
-        Passthrough(), mount_point, foreground=True, nothreads=True, allow_other=True, attr_timeout=0,
+        Passthrough(), mount_point, foreground=True, nothreads=True, allow_other=not os.geteuid(), attr_timeout=0,
         entry_timeout=0, negative_timeout=0, direct_io=True, use_ino=True,
     )  # fmt: skip
 

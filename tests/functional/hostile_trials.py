@@ -114,7 +114,8 @@ def _seen(path: str, status: os.stat_result) -> Seen:
     content = None
     if stat.S_ISLNK(status.st_mode):
         content = os.readlink(path)
-    elif stat.S_ISREG(status.st_mode):
+    elif stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK):
+        # Who is not root may not read a file of their own without permissions.
         content = hashlib.blake2b(pathlib.Path(path).read_bytes()).hexdigest()
     length = status.st_size if content is not None else 0
     kind = stat.S_IFMT(status.st_mode)

@@ -156,6 +156,21 @@ def test_mode_full_keeps_data_that_is_dirty_over_unwritten_extents(folder: pathl
     assert images.file_digest(disk) == before
 
 
+@kinds.common
+def test_mode_full_writes_the_unwritten_parts_between_data_that_somebody_has_read(folder: pathlib.Path) -> None:
+    disk = images.sparse_file(folder / "disk", 32 * MiB)
+    images.run("fallocate", "-n", "-l", 24 * MiB, disk)
+    with open(disk, "r+b") as file:
+        for start in range(0, 24 * MiB, 3 * MiB):
+            os.pwrite(file.fileno(), os.urandom(64 * KiB), start)
+        os.fsync(file.fileno())
+    before = images.file_digest(disk)
+
+    Preallocator("full").preallocate(disk, format="raw")
+
+    assert (images.unwritten(disk), images.file_digest(disk)) == (0, before)
+
+
 def test_mode_full_writes_the_unwritten_parts_beside_dirty_data(folder: pathlib.Path) -> None:
     disk = images.sparse_file(folder / "disk", 16 * MiB)
     images.run("fallocate", "-n", "-l", 8 * MiB, disk)

@@ -33,6 +33,22 @@ from imgprealloc import record
 import imgprealloc.nova
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell what the tests here may be marked with."""
+    config.addinivalue_line("markers", "as_root: gives up root itself")
+    config.addinivalue_line(
+        "markers", "as_user: has to do with files that are somebody else's, of whom root knows nothing"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another user is for; see tools/as_user.py."""
+    other = "as_user" if os.geteuid() == 0 else "as_root"
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """Let no more be logged than by default; a test of the command, which logs all, may have run before."""

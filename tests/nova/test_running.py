@@ -333,6 +333,7 @@ def folder(room: str) -> Iterator[pathlib.Path]:
     images.run("rm", "-r", path)
 
 
+@pytest.mark.as_root
 @pytest.mark.parametrize("owner", ["games", "root"])
 @KINDS
 def test_holes_in_a_disk_of_somebody_else_s_are_filled_by_nova_s_privileged_daemon(

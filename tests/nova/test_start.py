@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import os
-import subprocess
 from typing import Any
 from unittest import mock
 
@@ -218,11 +217,11 @@ def test_disk_that_is_not_ours_to_write_is_told_and_started(
     instance = node.spawn(node.instance())
     compute_host.lose_space(node.disk(instance))
     # Not even root may write to it.
-    subprocess.run(["chattr", "+i", node.disk(instance)], check=True)
+    images.run(*loop_filesystem.AS_ROOT, "chattr", "+i", node.disk(instance))
     try:
         node.start(instance)
     finally:
-        subprocess.run(["chattr", "-i", node.disk(instance)], check=True)
+        images.run(*loop_filesystem.AS_ROOT, "chattr", "-i", node.disk(instance))
 
     assert node.inspect(instance).state == LOST[kind]
     assert f"{node.disk(instance)}: not preallocated" in caplog.text

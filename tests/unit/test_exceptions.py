@@ -36,6 +36,12 @@ def is_link(host: Host) -> None:
     in_format.qcow2().preallocate(host.path())
 
 
+def foreign(host: Host) -> None:
+    path = host.overlay()
+    with fixtures.MockPatchObject(os, "geteuid", lambda: os.stat(path).st_uid + 1):
+        in_format.qcow2().preallocate(path)
+
+
 def in_the_way(host: Host) -> None:
     with open(host.path(".disk.imgprealloc"), "w") as file:
         file.write("somebody's")
@@ -138,6 +144,7 @@ ERRORS: list[tuple[type[PreallocationError], Callable[[Host], None]]] = [
     (exceptions.DiskNotFound, not_found),
     (exceptions.DiskExists, exists),
     (exceptions.DiskIsLink, is_link),
+    (exceptions.OwnerNotKept, foreign),
     (exceptions.FileInTheWay, in_the_way),
     (exceptions.FormatNotCertain, not_certain),
     (exceptions.InvalidSize, invalid_size),

@@ -26,7 +26,7 @@ DISK = "/instances/1/disk"
 NAME = "/proc/1/fd/7"
 
 # linux/fiemap.h
-LAST, DELALLOC, UNWRITTEN, SHARED = 0x1, 0x4, 0x800, 0x2000
+LAST, UNKNOWN, DELALLOC, UNWRITTEN, MERGED, SHARED = 0x1, 0x2, 0x4, 0x800, 0x1000, 0x2000
 
 
 @pytest.fixture
@@ -147,20 +147,19 @@ def test_link_to_the_file_that_was_meant_is_not_followed(file: pathlib.Path, tmp
 
 def test_gaps_are_what_is_not_set_aside_also_past_the_last_extent() -> None:
     found = [Extent(0, 4096), Extent(8192, 4096)]
-    with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
-        assert fallocate.gaps(NAME, 2048, 20000) == [Extent(4096, 4096), Extent(12288, 7712)]
-        assert fallocate.gaps(NAME, 0, 4096) == []
+
+    assert fallocate.gaps(found, 2048, 20000) == [Extent(4096, 4096), Extent(12288, 7712)]
+    assert fallocate.gaps(found, 0, 4096) == []
 
 
 def test_filesystem_that_cannot_tell_has_one_gap() -> None:
-    with fixtures.MockPatchObject(fallocate, "extents", lambda path: None):
-        assert fallocate.gaps(NAME, 512, 4096) == [Extent(512, 3584)]
+    assert fallocate.gaps(None, 512, 4096) == [Extent(512, 3584)]
 
 
 def test_very_many_gaps_are_taken_together() -> None:
     found = [Extent(number * 8192 + 4096, 4096) for number in range(5000)]
-    with fixtures.MockPatchObject(fallocate, "extents", lambda path: found):
-        gaps = fallocate.gaps(NAME, 0, 5000 * 8192)
+
+    gaps = fallocate.gaps(found, 0, 5000 * 8192)
 
     assert len(gaps) <= 500
     assert (gaps[0].start, gaps[-1].end) == (0, 4999 * 8192 + 4096)
@@ -232,6 +231,7 @@ class Fiemap(fixtures.Fixture):
         super().__init__()
         self.extents = extents
         self.calls = 0
+        self.flags: set[int] = set()
 
     def _setUp(self) -> None:
         self.useFixture(fixtures.MockPatchObject(fallocate, "_ioctl", self._ioctl))
@@ -239,7 +239,8 @@ class Fiemap(fixtures.Fixture):
     def _ioctl(self, fd: int, request: int, buffer: bytearray) -> None:
         assert request == 0xC020660B
         self.calls += 1
-        start, length, _, _, room, _ = struct.unpack_from("=QQIIII", buffer)
+        start, length, flags, _, room, _ = struct.unpack_from("=QQIIII", buffer)
+        self.flags.add(flags)
         inside = [extent for extent in self.extents if extent[0] + extent[1] > start and extent[0] < start + length]
         for number, (logical, size, flags) in enumerate(inside[:room]):
             struct.pack_into("=QQQQQIIII", buffer, 32 + 56 * number, logical, logical, size, 0, 0, flags, 0, 0, 0)
@@ -296,6 +297,42 @@ def test_extents_can_be_taken_by_their_number(file: pathlib.Path) -> None:
     assert extents[1:] == [Extent(8192, 4096), Extent(16384, 512, shared=True)]
     with pytest.raises(IndexError):
         extents[3]
+
+
+# What a reservation has filled.
+
+
+def filled(file: pathlib.Path, before: list[Extent], now: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    with Fiemap(now) as kernel, file.open("rb") as opened:
+        found = fallocate.filled(opened.fileno(), before, 4096, 64 * 1024)
+    # FIEMAP_FLAG_SYNC: what is dirty is called unwritten until it is written out.
+    assert kernel.flags == {1}
+    return [(extent.start, extent.length) for extent in found]
+
+
+def test_what_was_a_hole_and_is_unwritten_now_has_been_filled(file: pathlib.Path) -> None:
+    assert filled(file, [], [(0, 128 * 1024, UNWRITTEN | MERGED | LAST)]) == [(4096, 60 * 1024)]
+
+
+def test_what_was_set_aside_before_has_not_been_filled_however_extents_lie_now(file: pathlib.Path) -> None:
+    before = [Extent(8192, 4096), Extent(20480, 8192)]
+    now = [(0, 10240, UNWRITTEN), (10240, 22528, UNWRITTEN), (32768, 4096, UNWRITTEN | LAST)]
+
+    assert filled(file, before, now) == [(4096, 4096), (12288, 8192), (28672, 4096), (32768, 4096)]
+
+
+@pytest.mark.parametrize("flags", [0, DELALLOC, UNWRITTEN | SHARED, UNWRITTEN | UNKNOWN, UNWRITTEN | 0x100000])
+def test_what_may_have_something_in_it_has_not_been_filled(file: pathlib.Path, flags: int) -> None:
+    now = [(4096, 4096, UNWRITTEN), (8192, 4096, flags), (12288, 4096, UNWRITTEN | LAST)]
+
+    assert filled(file, [], now) == [(4096, 4096), (12288, 4096)]
+
+
+def test_more_that_has_been_filled_than_one_call_gives_is_all_listed(file: pathlib.Path) -> None:
+    count = 1500
+    now = [(number * 8, 4, UNWRITTEN | (LAST if number == count - 1 else 0)) for number in range(count)]
+
+    assert filled(file, [], now) == [(start, length) for start, length, _ in now if start >= 4096]
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS])

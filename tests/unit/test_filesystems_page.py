@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 
 import filesystems
+from filesystems import MODES
 from filesystems import Outcome
 from filesystems import Sectors
 import pytest
@@ -36,6 +38,20 @@ def test_writes_that_failed_are_counted() -> None:
 
 def test_disk_that_was_not_made_has_the_reason() -> None:
     assert _row(Outcome("ext2", "full", "full", "no space", 0, 0))[3:] == ["not made", "no space"]
+
+
+def test_filesystem_that_this_kernel_has_not_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere() -> contextlib.AbstractContextManager[pathlib.Path]:
+        raise filesystems.NotHere("mount: unknown filesystem")
+
+    monkeypatch.setattr(filesystems, "GROUNDS", {"nowhere": nowhere})
+
+    assert filesystems.main(["nowhere"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"nowhere: {mode}: none: not made: this kernel has none" for mode in MODES]
+    assert "mount: unknown filesystem" in said.err
 
 
 @pytest.mark.parametrize(

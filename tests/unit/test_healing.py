@@ -168,6 +168,7 @@ def test_disk_that_cannot_be_looked_at_is_warned_of_and_its_guest_starts(disk: s
         error(exceptions.FormatMismatch),
         error(exceptions.FormatNotCertain, "qcow2"),
         error(exceptions.BrokenImage),
+        error(exceptions.OwnerNotKept),
         error(exceptions.FileInTheWay),
         error(exceptions.DiskIsLink),
         error(exceptions.CommandFailed),
@@ -185,6 +186,30 @@ def test_what_cannot_be_done_is_warned_of_once_and_the_guest_starts(
     [warning] = logged(logging.WARNING)
     assert warning == f"{disk}: not preallocated: /d/disk: it is so. Do something."
     assert not turn.held
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.OwnerNotKept, exceptions.FileInTheWay],
+    ids=lambda kind: str(kind.__name__),
+)
+def test_disk_that_cannot_be_replaced_is_reserved(
+    disk: str, turn: Turn, logged: Logged, kind: type[exceptions.PreallocationError]
+) -> None:
+    asked: list[str] = []
+
+    def preallocate(path: str, existing: Existing, **_: Any) -> mock.Mock:
+        asked.append(existing)
+        if existing == "rewrite":
+            raise error(kind)
+        return mock.Mock()
+
+    with fixtures.MockPatchObject(looks, "remember", mock.Mock()):
+        healing.heal(playing(preallocate), disk, "qcow2", "rewrite", turn)
+
+    assert asked == ["rewrite", "reserve"]
+    [warning] = logged(logging.WARNING)
+    assert "not made anew" in warning
 
 
 def test_what_nobody_has_foreseen_is_told_with_its_trace_and_the_guest_starts(

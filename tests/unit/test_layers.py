@@ -29,7 +29,7 @@ FLOORS = (
     {"mounts"},
     {"filesystem"},
     {"lock"},
-    {"zeros", "disk_file"},
+    {"zeros", "disk_file", "giving_back"},
     {"punching"},
     {"promise", "reading", "replacement", "storage"},
     {"backing", "format", "glance"},

@@ -207,6 +207,19 @@ def test_where_a_filesystem_has_no_leases_we_do_without(disk: str, fd: int, code
         lock.refuse_users(disk, fd)
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EAGAIN])
+def test_where_it_has_to_be_certain_no_lease_is_a_refusal(disk: str, fd: int, code: int) -> None:
+    with (
+        without_leases(code),
+        fixtures.MockPatchObject(filesystem, "is_remote", lambda path: True),
+    ):
+        with pytest.raises(exceptions.ImageInUse), lock.sole_opener(disk, fd, certainly=True):
+            pytest.fail("it is not certain")
+        # The control.
+        with lock.sole_opener(disk, fd) as refuse_others:
+            refuse_others()
+
+
 def test_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
     with without_leases(errno.EAGAIN), fixtures.MockPatchObject(filesystem, "is_remote", lambda path: True):
         lock.refuse_users(disk, fd)
@@ -289,9 +302,11 @@ def test_any_other_fault_of_a_lock_is_an_error(fd: int) -> None:
         lock.has_writer(fd)
 
 
-def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int) -> None:
+# By EACCES AppArmor and SELinux say that there are to be no locks.
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_fault_of_the_exclusive_lock_is_not_taken_for_another_imgprealloc(fd: int, code: int) -> None:
     with (
-        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)),
         pytest.raises(OSError, match="no locks"),
     ):
         lock.try_exclusive(fd)

@@ -438,10 +438,38 @@ def test_new_disk_has_the_owner_of_the_old_one(
     with (
         fixtures.MockPatchObject(os, "fstat", owned),
         fixtures.MockPatchObject(os, "fchown", lambda fd, *ids: seen.append(ids)),
+        fixtures.MockPatchObject(os, "geteuid", lambda: 0),
     ):
         replace(disk)
 
     assert seen == changed
+
+
+def test_disk_of_somebody_else_s_is_refused_before_there_is_a_new_file(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+
+    with (
+        fixtures.MockPatchObject(os, "geteuid", lambda: disk.stat().st_uid + 1),
+        pytest.raises(exceptions.OwnerNotKept, match=f"user ID {disk.stat().st_uid}"),
+        new_disk(disk),
+    ):
+        pytest.fail("there is a new file")
+
+    assert names(disk) == ["disk"]
+    assert disk.read_bytes() == b"old"
+
+
+def test_disk_whose_attributes_may_not_be_copied_stays_as_it_was(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with pytest.raises(exceptions.OwnerNotKept, match="label"), fixtures.MockPatchObject(os, "fchmod", refuse):
+        replace(disk)
+
+    assert names(disk) == ["disk"]
+    assert disk.read_bytes() == b"old"
 
 
 # The mark by which ours is known.
