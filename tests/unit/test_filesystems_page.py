@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
+import logging
 import pathlib
 import re
 
@@ -14,6 +16,15 @@ from filesystems import Sectors
 import pytest
 
 _PAGE = pathlib.Path(__file__).parents[2] / "doc" / "source" / "filesystems.rst"
+
+
+@pytest.fixture(autouse=True)
+def logger_is_as_it_was() -> Iterator[None]:
+    """Let the other tests' warnings be heard."""
+    logger = logging.getLogger("imgprealloc")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def _row(outcome: Outcome) -> list[str]:
