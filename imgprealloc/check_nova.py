@@ -122,16 +122,17 @@ def _service(
     :param read: the files that each of the services has read
     :param files: those that are looked at
     """
-    subject = "nova-compute"
     if not services:
-        return Finding(subject, True, "no service of it is here; Nova's own places are looked at for its configuration")
+        return Finding(
+            "nova-compute", True, "no service of it is here; Nova's own places are looked at for its configuration"
+        )
     if meant.unknown:
-        return Finding(subject, False, meant.unknown)
+        return Finding("nova-compute", False, meant.unknown)
     theirs, ours = (service.environment_of(python) for python in (meant.python or sys.executable, sys.executable))
     if theirs != ours:
         way_out = f"run {theirs}/bin/imgprealloc, or install imgprealloc there"
         return Finding(
-            subject, False, f"{meant.told_by}: its Python is that of {theirs}, this one of {ours}; {way_out}"
+            "nova-compute", False, f"{meant.told_by}: its Python is that of {theirs}, this one of {ours}; {way_out}"
         )
     others = [
         f"{other.told_by} reads {', '.join(found) or 'no file'}"
@@ -141,11 +142,11 @@ def _service(
     is_chosen = meant.arguments != services[0].arguments
     if others and not (is_chosen and files in read):
         way_out = "do without --config-file" if is_chosen else "name one's files with --config-file"
-        return Finding(subject, False, f"{'; '.join(others)}, and that is not what is looked at here; {way_out}")
+        return Finding("nova-compute", False, f"{'; '.join(others)}, and that is not what is looked at here; {way_out}")
     words = shlex.join(meant.configuration) or "no word on its configuration"
     if meant.pid is None:
-        return Finding(subject, True, f"does not run; {meant.told_by} starts it with {words}")
-    return Finding(subject, True, f"{meant.told_by}, started with {words}")
+        return Finding("nova-compute", True, f"does not run; {meant.told_by} starts it with {words}")
+    return Finding("nova-compute", True, f"{meant.told_by}, started with {words}")
 
 
 def _restart(meant: service.Invocation, files: list[str]) -> Iterator[Finding]:

@@ -48,6 +48,14 @@ open(sys.argv[1], "w").close()
 time.sleep(600)
 """
 
+# Without the services of this machine; without wrapping the table's cells.
+_CHECK = """
+import sys
+from imgprealloc import cli, service
+service._UNITS, service._INIT_SCRIPT = (), "none"
+sys.exit(cli.main(["check-nova", "--max-width", "0", *sys.argv[1:]]))
+"""
+
 _ROWS = """
 import json, sys
 from imgprealloc import check_nova
@@ -120,18 +128,7 @@ def look(home: pathlib.Path, tmp_path: pathlib.Path) -> Callable[..., Answer]:
         program.write_text(_COMPUTE.format(python=python))
         program.chmod(0o755)
         ready = str(tmp_path / "ready")
-        # No wrapping of the table's cells.
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "imgprealloc.cli",
-            "check-nova",
-            "--max-width",
-            "0",
-            *(named or []),
-        ]
+        command = [sys.executable, "-W", "ignore", "-c", _CHECK, *(named or [])]
         words = ["", "", touched] if started is None else [str(program), ready, touched, *started]
         code = _LOOK.format(started=words, command=command)
         done = subprocess.run(
@@ -179,7 +176,7 @@ def test_without_one_nova_s_own_places_are_looked_at(
 def test_drop_in_does_not_count_where_a_file_is_named_that_says_otherwise(
     look: Callable[..., Answer], write: Callable[[str, str], str]
 ) -> None:
-    stock = write("nova-compute.conf", STOCK)
+    nova_conf, stock = write("nova.conf", STOCK), write("nova-compute.conf", STOCK)
     drop_in = write("nova-compute.conf.d/ours.conf", OURS)
 
     named, by_default = look(["--config-file", stock]), look([])
@@ -189,7 +186,7 @@ def test_drop_in_does_not_count_where_a_file_is_named_that_says_otherwise(
     assert f"{STOCK}, by {stock}; " in named.rows["compute_driver"][1]
     # The control: without that word it does.
     assert by_default.status == 0
-    assert by_default.rows["configuration"] == (True, f"{stock}, {drop_in}")
+    assert by_default.rows["configuration"] == (True, f"{nova_conf}, {stock}, {drop_in}")
 
 
 def test_several_files_are_read_in_the_order_in_which_they_were_named(
