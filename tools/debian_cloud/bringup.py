@@ -50,7 +50,8 @@ _SYNCS = {
         ("keystone-manage", "fernet_setup", "--keystone-user", "keystone", "--keystone-group", "keystone"),
         ("keystone-manage", "credential_setup", "--keystone-user", "keystone", "--keystone-group", "keystone"),
         ("keystone-manage", "bootstrap", "--bootstrap-password", configuration.PASSWORD,
-         "--bootstrap-public-url", configuration.IDENTITY, "--bootstrap-region-id", configuration.REGION),
+         "--bootstrap-public-url", configuration.IDENTITY, "--bootstrap-internal-url", configuration.IDENTITY,
+         "--bootstrap-region-id", configuration.REGION),
     ),
     "glance": (("glance-manage", "db_sync"),),
     "placement": (("placement-manage", "db", "sync"),),
@@ -90,7 +91,7 @@ def configure() -> None:
         configuration.write(name, options)
     for path in pathlib.Path("/etc").glob("*/*-uwsgi.ini"):
         # Debian's 8 and 16 of each would take minutes to be there, on a small machine.
-        path.write_text(re.sub(r"(?m)^processes = \d+$", "processes = 2", path.read_text()))
+        path.write_text(re.sub(r"(?m)^processes = \d+$", "processes = 1", path.read_text()))
     for service in ("nova", "neutron", "glance", "keystone", "placement"):
         for place in ("/run/lock", "/run"):
             folder = pathlib.Path(place, service)
@@ -132,12 +133,18 @@ def control_plane(stack: contextlib.ExitStack) -> None:
         for role in roles:
             identity.assign_project_role_to_user(project, user, role)
         service = identity.create_service(name=name, type=kind)
-        identity.create_endpoint(service_id=service.id, interface="public", url=url, region_id=configuration.REGION)
+        for interface in ("public", "internal"):
+            identity.create_endpoint(
+                service_id=service.id, interface=interface, url=url, region_id=configuration.REGION
+            )
         _sync(name)
     # Its catalogue is that of before.
     cloud.cache_clear()
     for name in ("glance-api", "placement-api", "neutron-api", "nova-api"):
         _start(stack, name)
+    # Until something else was asked, "type object 'Port' has no attribute 'port_forwardings'" is the answer to a
+    # list of ports, which is what Nova wants.
+    list(cloud().network.networks())
     for name in ("nova-conductor", "nova-scheduler"):
         stack.enter_context(running(name, functools.partial(_is_up, name, _now())))
 

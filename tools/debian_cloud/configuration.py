@@ -77,7 +77,7 @@ def files() -> dict[str, Options]:
         "/etc/neutron/neutron.conf": {
             "DEFAULT": {
                 "core_plugin": "ml2",
-                "service_plugins": "",
+                "service_plugins": "router,port_forwarding",
                 "transport_url": _TRANSPORT,
                 "state_path": "/var/lib/neutron",
                 "auth_strategy": "keystone",
@@ -115,6 +115,10 @@ def files() -> dict[str, Options]:
         },
         # Where Debian has the driver, after nova.conf, so that it is this file that counts.
         "/etc/nova/nova-compute.conf": nova_compute("libvirt.LibvirtDriver"),
+        # Nobody wants it after a crash, and many tables are made.
+        "/etc/mysql/mariadb.conf.d/99-cloud.cnf": {
+            "mariadbd": {"innodb_flush_log_at_trx_commit": 0, "innodb_flush_method": "nosync"}
+        },
         # Nothing that a container does not let us have.
         "/etc/libvirt/qemu.conf": {"": {"security_driver": '"none"', "namespaces": "[]", "cgroup_controllers": "[]"}},
         "/etc/libvirt/libvirtd.conf": {
@@ -151,6 +155,6 @@ def write(path: str, options: Options) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text(options))
     service = file.parts[2]
-    if service != "libvirt":
+    if service not in ("libvirt", "mysql"):
         shutil.chown(file, "root", service)
         file.chmod(0o640)

@@ -19,6 +19,7 @@ from debian_cloud.client import cloud
 from debian_cloud.client import openstack
 from debian_cloud.client import shown
 from debian_cloud.services import Failure
+from debian_cloud.services import attempted
 from debian_cloud.services import run
 from debian_cloud.services import wait
 
@@ -28,7 +29,7 @@ STOCK = "libvirt.LibvirtDriver"
 OURS = "imgprealloc.LibvirtDriver"
 
 # What is left free of a full filesystem, for the guest's console; less than any disk wants.
-_CONSOLE = MiB // 8
+_CONSOLE = 16384
 # What is written when it is filled; the rest is only set aside.
 _LAST = 64 * MiB
 
@@ -134,13 +135,11 @@ def findings(driver: str) -> Iterator[Finding]:
 
 def _check_nova(ours: bool) -> Finding:
     files = ("--config-file", "/etc/nova/nova.conf", "--config-file", "/etc/nova/nova-compute.conf")
-    try:
-        found = json.loads(run("imgprealloc", "check-nova", "-f", "json", *files, user="nova"))
-        said = "yes"
-    except Failure as exc:
-        found = []
-        said = f"no: {exc}"
-    return Finding("``imgprealloc check-nova``, as user nova", said, bool(found) == ours)
+    status, said, _ = attempted("imgprealloc", "check-nova", "-f", "json", *files, user="nova")
+    bad = [found["subject"] for found in json.loads(said) if not found["good"]]
+    return Finding(
+        "``imgprealloc check-nova``, as user nova", f"no: {', '.join(bad)}" if bad else "yes", (not status) == ours
+    )
 
 
 def _hole(server: Server) -> Finding:
@@ -167,8 +166,9 @@ def _stopped_and_started(server: Server, ours: bool) -> Iterator[Finding]:
     openstack("server", "start", server.id)
     server.wait_for("ACTIVE")
     said = server.wait_for_guest()
-    good = any("reads back" in line and "round 2" in line for line in said) and said[-1] == _DONE
-    yield Finding("``openstack server start``: the guest reads what it wrote", "; ".join(said), good)
+    read = next((line for line in said if "reads back" in line), "nothing is read back")
+    good = "round 2" in read and said[-1] == _DONE
+    yield Finding("``openstack server start``: the guest reads what it wrote", f"{read}; {said[-1]}", good)
 
 
 def _snapshot(server: Server) -> Finding:
@@ -199,7 +199,7 @@ def _full(ours: bool) -> Finding:
 
 def _told(disks: dict[str, dict[str, Any]]) -> str:
     return ", ".join(
-        f"{name}: {disk['state']}" + (f" (short of {disk['shortfall'] // MiB} MiB)" if disk["shortfall"] else "")
+        f"{name}: {disk['state']}" + (f" (short of {disk['shortfall'] // 1024} KiB)" if disk["shortfall"] else "")
         for name, disk in sorted(disks.items())
     )
 

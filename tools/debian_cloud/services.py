@@ -63,6 +63,14 @@ def running(name: str, is_up: Callable[[], bool]) -> Iterator[None]:
 
 def run(*command: str, user: str = "root", environment: Mapping[str, str] | None = None) -> str:
     """Run a command to its end as a user, and return what it says."""
+    status, said, complaints = attempted(*command, user=user, environment=environment)
+    if status:
+        raise Failure(f"{' '.join(command)}: status {status}: {(complaints or said).strip()[-_TAIL:]}")
+    return said
+
+
+def attempted(*command: str, user: str = "root", environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Run a command to its end as a user, and return its status, and what it says on both streams."""
     done: subprocess.CompletedProcess[str] = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -73,9 +81,7 @@ def run(*command: str, user: str = "root", environment: Mapping[str, str] | None
         env=_environment(user, environment or {}),
         **_as(user),
     )
-    if done.returncode:
-        raise Failure(f"{' '.join(command)}: status {done.returncode}: {(done.stderr or done.stdout).strip()[-_TAIL:]}")
-    return done.stdout
+    return done.returncode, done.stdout, done.stderr
 
 
 def wait(fact: str, is_true: Callable[[], bool], complaint: Callable[[], str] = str) -> None:
