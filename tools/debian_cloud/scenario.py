@@ -135,12 +135,11 @@ def findings(driver: str) -> Iterator[Finding]:
 
 
 def _check_nova(ours: bool) -> Finding:
-    files = ("--config-file", "/etc/nova/nova.conf", "--config-file", "/etc/nova/nova-compute.conf")
-    status, said, _ = attempted("imgprealloc", "check-nova", "-f", "json", *files, user="nova")
+    """Ask, without saying what nova-compute reads."""
+    status, said, _ = attempted("imgprealloc", "check-nova", "-f", "json", user="nova")
     bad = [found["subject"] for found in json.loads(said) if not found["good"]]
-    return Finding(
-        "``imgprealloc check-nova``, as user nova", f"no: {', '.join(bad)}" if bad else "yes", (not status) == ours
-    )
+    said = f"no: {', '.join(bad)}" if bad else "yes"
+    return Finding("``imgprealloc check-nova``, as user nova", said, (not status) == ours)
 
 
 def _hole(server: Server) -> Finding:
