@@ -30,7 +30,7 @@ The disks are those of a flavor with a root disk of 1 GiB (2 GiB after the resiz
 ephemeral disk of 1 GiB, which the guest does not write; ``images_type`` is the default,
 qcow2. The states are those that ``imgprealloc show`` tells Nova's user; the guest is that of
 ``tests/e2e``. In the last row the filesystem of ``instances_path`` is filled while the guest
-starts.
+starts. A MiB is taken only where there is something to give it back: ``heal_interval`` is 5.
 
 What ran
 ========

@@ -35,6 +35,9 @@ _LAST = 64 * MiB
 
 _DONE = "done, 0 failed"
 
+# Of libvirt's domain, whose guest is paused at first, too.
+_NO_SPACE = "paused (I/O error)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -58,7 +61,7 @@ class Server:
     def __init__(self, name: str, image: str, flavor: str) -> None:
         created = shown("server", "create", "--image", image, "--flavor", flavor, "--nic", "none", name)
         self.id = str(created["id"])
-        wait(f"{name} is started", lambda: self.domain_state().startswith(("running", "paused")), self._fault)
+        wait(f"{name} is started", lambda: self.domain_state().startswith(("running", _NO_SPACE)), self._fault)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -97,7 +100,7 @@ class Server:
         """Wait until the guest has done its work, or cannot go on, and return what it said."""
 
         def has_ended() -> bool:
-            return "e2e: done" in self._console() or not self.domain_state().startswith("running")
+            return "e2e: done" in self._console() or self.domain_state() == _NO_SPACE
 
         wait("the guest has done its work", has_ended)
         return re.findall(r"e2e: (.*?)\s*$", openstack("console", "log", "show", self.id), re.MULTILINE)
