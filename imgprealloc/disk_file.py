@@ -160,7 +160,7 @@ def claimed(path: str) -> Iterator[DiskFile]:
             is_ours = True
         else:
             try:
-                is_ours = _try_exclusive(fd)
+                is_ours = lock.wait_exclusive(fd)
             except OSError:
                 os.close(fd)
                 raise
@@ -177,15 +177,6 @@ def claimed(path: str) -> Iterator[DiskFile]:
         finally:
             lock.give_up_exclusive(fd)
             os.close(fd)
-
-
-def _try_exclusive(fd: int) -> bool:
-    # One that was killed has it until also a process is gone that it was just starting.
-    for _ in range(_ATTEMPTS):
-        if lock.try_exclusive(fd):
-            return True
-        time.sleep(_PAUSE)
-    return lock.try_exclusive(fd)
 
 
 @contextlib.contextmanager

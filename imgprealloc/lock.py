@@ -37,6 +37,10 @@ _NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _PAUSE = 0.1
 
+# Half a second, for a busy machine.
+_ATTEMPTS = 10
+_BETWEEN_ATTEMPTS = 0.05
+
 
 def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
     """Set or ask for a lock on one byte; return the kind of lock that stands."""
@@ -117,6 +121,18 @@ def try_exclusive(fd: int) -> bool:
             return False
         raise
     return True
+
+
+def wait_exclusive(fd: int) -> bool:
+    """Take that lock, also where one that was killed still has it.
+
+    It has it until also a process is gone that it was just starting.
+    """
+    for _ in range(_ATTEMPTS):
+        if try_exclusive(fd):
+            return True
+        time.sleep(_BETWEEN_ATTEMPTS)
+    return try_exclusive(fd)
 
 
 def give_up_exclusive(fd: int) -> None:

@@ -254,7 +254,7 @@ def _remove(place: Place, name: str) -> None:
     except FileNotFoundError:
         return
     try:
-        if not lock.try_exclusive(fd):
+        if not lock.wait_exclusive(fd):
             raise exceptions.ImageInUse(
                 place.path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
             )

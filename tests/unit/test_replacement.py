@@ -264,6 +264,19 @@ def test_what_has_come_in_the_place_of_a_crash_s_remains_is_left_to_its_owner(di
     assert temporary.read_bytes() == b"another's"
 
 
+def test_crash_s_remains_that_a_dying_process_still_has_are_waited_for(disk: pathlib.Path) -> None:
+    leave(disk)
+    refusals = iter([False, False])
+
+    with (
+        fixtures.MockPatchObject(lock, "try_exclusive", lambda fd: next(refusals, True)),
+        fixtures.MockPatchObject(lock, "_BETWEEN_ATTEMPTS", 0),
+    ):
+        replace(disk)
+
+    assert disk.read_bytes() == b"new"
+
+
 def is_in_the_way(disk: pathlib.Path, kind: str) -> None:
     """Put somebody's file where the new one would be."""
     path, other = disk.parent / TEMPORARY, disk.parent / "other"
