@@ -20,6 +20,7 @@ from debian_cloud.client import shown
 from debian_cloud.services import listens
 from debian_cloud.services import run
 from debian_cloud.services import running
+from debian_cloud.services import wait
 
 IMAGE = "guest"
 # In GiB, of the root disk.
@@ -157,7 +158,7 @@ def compute(driver: str) -> contextlib.AbstractContextManager[None]:
 
 def offer(guest: GuestImage) -> None:
     """Offer what the server is made of: its image, with kernel and ramdisk, and two flavors; know its host."""
-    run("nova-manage", "cell_v2", "discover_hosts", user="nova")
+    wait("nova-compute's host is known", _knows_host)
     properties = {
         "kernel_id": _image("kernel", guest.kernel, "aki", "aki"),
         "ramdisk_id": _image("ramdisk", guest.ramdisk, "ari", "ari"),
@@ -175,6 +176,12 @@ def _start(stack: contextlib.ExitStack, name: str) -> None:
 def _sync(user: str) -> None:
     for command in _SYNCS[user]:
         run(*command, user=user)
+
+
+def _knows_host() -> bool:
+    # nova-compute is up before it has said what it is on, and until then there is no host to be found.
+    run("nova-manage", "cell_v2", "discover_hosts", user="nova")
+    return socket.gethostname() in run("nova-manage", "cell_v2", "list_hosts", user="nova")
 
 
 def _image(name: str, path: pathlib.Path, disk: str, container: str, **properties: str) -> str:
