@@ -430,7 +430,8 @@ def _unshare(name: str, *stretches: str) -> None:
         for start, length in pairs:
             for position in range(start, start + length, _UNSHARED_AT_ONCE):
                 piece = min(_UNSHARED_AT_ONCE, start + length - position)
-                _fallocate(file.fileno(), _UNSHARE_RANGE, position, piece)
+                # The last extent goes on to the end of its block, beyond a file that has no whole number of them.
+                _fallocate(file.fileno(), _UNSHARE_RANGE | _KEEP_SIZE, position, piece)
                 done += piece
                 printer.tell(done)
 

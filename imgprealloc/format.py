@@ -13,7 +13,6 @@ from typing import ClassVar, Literal, Optional
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import giving_back
-from imgprealloc import lock
 from imgprealloc import log
 from imgprealloc import native_thread
 from imgprealloc import os_errors
@@ -237,12 +236,9 @@ def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Prom
     shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
-    # Whoever has it open keeps us from writing, and not from setting aside.
-    written = written and not image.in_use
-    if written:
-        lock.refuse_users(file.path, file.fd)
     fill(file, length, promise)
-    if written:
+    # Whoever has it open keeps us from writing, and has not kept us from setting aside.
+    if written and not image.in_use:
         # Into what is set aside already: where the space runs out, that can be given
         # back, and zeros could not.
         zeros.write(file.path, file.fd)

@@ -62,8 +62,7 @@ class Plan:
     @property
     def refused(self) -> bool:
         """Whether nothing would be done; a disk in use that cannot be written gets its space all the same."""
-        is_held = self.treatment == "fill" and isinstance(self.error, exceptions.ImageInUse)
-        return self.error is not None and not is_held
+        return self.error is not None and self.state == self.image.state
 
     @property
     def needed(self) -> int:

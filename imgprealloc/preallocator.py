@@ -406,6 +406,13 @@ class Preallocator(Settings):
         elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
             # One that may be made anew may stay what it is, too.
             treatment = strategy.treatment(file, before, promise, "reserve")
+        if treatment is not None and treatment.name == "fill" and write_held and promise.mode == "full":
+            # What has its space then is written, too; see preallocate().
+            treatment = dataclasses.replace(
+                treatment,
+                written=lambda: before.shared_bytes + native_thread.run(zeros.unwritten, file.fd),
+                alone=True,
+            )
         return treatment
 
     def _writing(self, strategy: Format, file: DiskFile, before: DiskImage) -> Optional[Treatment]:
@@ -456,7 +463,8 @@ def _planned(file: DiskFile, before: DiskImage, treatment: Treatment) -> Plan:
     except exceptions.PreallocationError as exc:
         error = exc
     # Whoever has it open keeps us from writing, and not from setting aside.
-    is_held = treatment.name == "fill" and before.in_use and treatment.needed <= room
+    is_in_use = isinstance(error, exceptions.ImageInUse)
+    is_held = treatment.name == "fill" and is_in_use and promise.holds_space and treatment.needed <= room
     return Plan(
         before,
         promise.mode,

@@ -104,8 +104,11 @@ def _punch(path: str, fd: int) -> None:
                 zeros.require_zeros(path, fd, position, length)
                 fallocate.punch(fd, position, length)
                 printer.tell(position + length)
-        # To the length that it has: what is held past the end goes.
-        os.ftruncate(fd, size)
+        refuse_others()
+        # What is held past the end goes, where that is what it was: whom no lease keeps
+        # out, as on NFS, may have grown the disk meanwhile, and be cut off.
+        if os.fstat(fd).st_size == size:
+            os.ftruncate(fd, size)
 
 
 def _main(path: str, fd: int = 0) -> int:

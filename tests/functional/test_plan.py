@@ -31,6 +31,20 @@ BOOKS = 256 * KiB
 NOBODY = "65534"
 
 
+# What is written.
+
+
+@pytest.mark.parametrize("preallocation", ["falloc", "metadata"])
+def test_mapped_disk_s_zeros_are_in_the_plan(folder: pathlib.Path, preallocation: str) -> None:
+    disk = images.qcow2(folder / "disk", 16 * MiB, preallocation=preallocation)
+
+    plan = Preallocator("full").plan(disk, format="qcow2")
+    Preallocator("full").preallocate(disk, format="qcow2")
+
+    assert (plan.treatment, images.unwritten(disk)) == ("fill", 0)
+    assert 16 * MiB <= plan.written <= 17 * MiB
+
+
 # How long a new file is.
 
 

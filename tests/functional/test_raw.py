@@ -262,6 +262,18 @@ def test_unsharing_changes_no_byte_of_either(folder: pathlib.Path, mode: Mode) -
 
 
 @kinds.with_reflinks
+@pytest.mark.parametrize("size", [16 * MiB + 512, 16 * MiB + 100])
+def test_unsharing_makes_a_disk_of_no_whole_blocks_no_longer(folder: pathlib.Path, size: int) -> None:
+    disk = reflinked(folder / "disk", images.random_file(folder / "base", size))
+    before = images.file_digest(disk)
+
+    image = Preallocator().preallocate(disk, format="raw")
+
+    assert (image.state, images.shared(disk)) == ("preallocated", 0)
+    assert (disk.stat().st_size, images.file_digest(disk)) == (size, before)
+
+
+@kinds.with_reflinks
 def test_reflinked_disk_that_was_grown_is_unshared_and_filled(folder: pathlib.Path) -> None:
     disk = reflinked(folder / "disk", images.random_file(folder / "base", 8 * MiB + 100))
     os.truncate(disk, 16 * MiB)

@@ -203,8 +203,8 @@ def test_process_unshares_every_stretch(file: pathlib.Path) -> None:
     with fixtures.MockPatchObject(fallocate, "_fallocate", lambda fd, *arguments: seen.append(arguments)):
         status = fallocate._main(str(file), "0:4096", "8192:512")
 
-    # FALLOC_FL_UNSHARE_RANGE of linux/falloc.h
-    assert seen == [(0x40, 0, 4096), (0x40, 8192, 512)]
+    # FALLOC_FL_UNSHARE_RANGE and FALLOC_FL_KEEP_SIZE of linux/falloc.h
+    assert seen == [(0x41, 0, 4096), (0x41, 8192, 512)]
     assert status == 0
 
 

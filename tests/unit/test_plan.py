@@ -216,6 +216,32 @@ def test_disk_in_use_would_not_be_written_full(host: Host) -> None:
         assert Preallocator("falloc").plan(path, format="raw").error is None
 
 
+@pytest.mark.parametrize("lay", [Host.raw, lambda host: host.qcow2(mapped=1.0, held=8192)], ids=["raw", "qcow2"])
+def test_disk_that_a_reader_has_open_gets_its_space_and_is_not_written_full(
+    host: Host, lay: Callable[[Host], str]
+) -> None:
+    path = lay(host)
+    format = "raw" if lay is Host.raw else "qcow2"
+    with open(path, "rb"):
+        plan = Preallocator("full").plan(path, format=format)
+        with pytest.raises(exceptions.ImageInUse):
+            Preallocator("full").preallocate(path, format=format)
+
+    assert isinstance(plan.error, exceptions.ImageInUse)
+    assert (plan.treatment, plan.state, plan.refused) == ("fill", "preallocated", False)
+    assert Preallocator().inspect(path, format=format).held
+
+
+def test_disk_in_use_that_zeros_alone_could_give_space_would_be_refused(host: Host) -> None:
+    host.filesystem = NFS
+    path = host.raw()
+    with opened_by_qemu(path):
+        plan = Preallocator(on_unsupported="full").plan(path, format="raw")
+
+    assert isinstance(plan.error, exceptions.ImageInUse)
+    assert (plan.treatment, plan.state, plan.refused) == ("fill", "thin", True)
+
+
 def test_link_would_not_be_replaced(host: Host) -> None:
     os.link(host.overlay(), host.path("other"))
 

@@ -72,6 +72,20 @@ def test_process_gives_back_what_lies_past_the_end(file: pathlib.Path) -> None:
     assert file.stat().st_size == 4 * units.Mi
 
 
+def test_disk_that_has_grown_meanwhile_is_not_cut_off(file: pathlib.Path) -> None:
+    # By somebody on another host, whom no lease keeps out.
+    def grow(*_: object) -> None:
+        os.truncate(file, 8 * units.Mi)
+
+    with (
+        fixtures.MockPatchObject(lock, "sole_opener", lambda path, fd: contextlib.nullcontext(lambda: None)),
+        fixtures.MockPatchObject(zeros, "require_zeros", grow),
+    ):
+        assert punch(file) == 0
+
+    assert file.stat().st_size == 8 * units.Mi
+
+
 def test_stretch_that_reads_as_data_is_an_error_and_is_kept(
     file: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
