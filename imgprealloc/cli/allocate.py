@@ -16,6 +16,7 @@ from imgprealloc.cli import disks
 from imgprealloc.cli import plans
 from imgprealloc.cli import request
 from imgprealloc.cli import working
+from imgprealloc.cli.examples import Example
 from imgprealloc.cli.request import Share
 from imgprealloc.cli.working import Outcome
 from imgprealloc.format import Existing
@@ -42,6 +43,21 @@ class Allocate(disks.Allocating):
     All of it is planned first, for each filesystem. What does not fit is left
     out: the disks that need least come first, so that most get their space.
     """
+
+    examples = (
+        Example(
+            "See what would be done to all disks of this host's instances, and whether it fits",
+            "imgprealloc allocate --dry-run",
+        ),
+        Example(
+            "Do it, also while they run, and leave others a twentieth of each filesystem",
+            "imgprealloc allocate --keep-free 5%",
+        ),
+        Example(
+            "Copy a disk of an instance that is shut off, at a rate that its neighbours bear",
+            "imgprealloc allocate --rewrite --rate 100M /var/lib/nova/instances/0d7a2c1e*/disk",
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -13,6 +13,7 @@ from typing import get_args
 from imgprealloc import healing
 from imgprealloc import sizes
 from imgprealloc.cli import working
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import State
 
 _OK, _WARNING, _CRITICAL, _UNKNOWN = range(4)
@@ -28,6 +29,11 @@ class Check(working.Working):
     filesystem has less than its disks may still ask for. Unknown: some disks
     cannot be read.
     """
+
+    examples = (
+        Example("All disks of this host's instances, for a monitoring agent", "imgprealloc check"),
+        Example("A host on which old disks are to be rewritten, too", "imgprealloc check --level preallocated"),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -9,10 +9,17 @@ from typing import Any
 from cliff import lister
 
 from imgprealloc import check_nova
+from imgprealloc.cli import examples
+from imgprealloc.cli.examples import Example
 
 
 class CheckNova(lister.Lister):
     """Tell whether the Nova in this environment, as configured, preallocates its instances."""
+
+    examples = (
+        Example("Ask as the user of nova-compute, who may see less", "sudo -u nova imgprealloc check-nova"),
+        Example("Ask before a configuration is put in its place", "imgprealloc check-nova --config-file ./nova.conf"),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
@@ -25,6 +32,7 @@ class CheckNova(lister.Lister):
             "started with; else what its service would start it with; else where Nova looks for it)",
         )
         parser.add_argument("--long", action="store_true", help="list every place in Nova that was compared, too")
+        examples.add(parser, self.examples)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:

@@ -7,11 +7,21 @@ import argparse
 from typing import Any
 
 from imgprealloc.cli import disks
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import DiskImage
 
 
 class Create(disks.Allocating):
     """Create a preallocated disk."""
+
+    examples = (
+        Example("A qcow2 disk", "imgprealloc create data.qcow2 512M"),
+        Example("A raw one, all of it written", "imgprealloc create --disk-format raw --mode full data.raw 64M"),
+        Example(
+            "An overlay, as Nova's are",
+            "imgprealloc create --backing /var/lib/nova/instances/_base/base --backing-format raw root.qcow2 256M",
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -9,11 +9,20 @@ from typing import get_args
 import prometheus_client
 
 from imgprealloc.cli import working
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import State
 
 
 class Metrics(working.Working):
     """Print what Prometheus can collect: disks by state, and what filesystems are short of."""
+
+    examples = (
+        Example("See them", "imgprealloc metrics"),
+        Example(
+            "Have node_exporter collect them, from a timer",
+            "imgprealloc metrics -o /var/lib/prometheus/node-exporter/imgprealloc.prom",
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

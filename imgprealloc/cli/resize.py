@@ -7,11 +7,18 @@ import argparse
 from typing import Any
 
 from imgprealloc.cli import disks
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import DiskImage
 
 
 class Resize(disks.Allocating):
     """Grow a disk, its new part preallocated."""
+
+    examples = (
+        Example(
+            "An instance's disk, while it is shut off", "imgprealloc resize /var/lib/nova/instances/5b1c7f42*/disk 300M"
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

@@ -23,6 +23,7 @@ from imgprealloc.cli import disks
 from imgprealloc.cli import new_file
 from imgprealloc.cli import picture
 from imgprealloc.cli import working
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.preallocator import Preallocator
@@ -32,6 +33,18 @@ _NOT_PREALLOCATED = 3
 
 class Show(disks.Disks):
     """Show how far disks are preallocated, and what the filesystem may still be asked for."""
+
+    examples = (
+        Example(
+            "All disks of this host's instances, those that lack most first",
+            "imgprealloc show --sort-column shortfall --sort-descending",
+        ),
+        Example("Those that are thin, for a script", "imgprealloc show --state thin -f value -c path"),
+        Example(
+            "A picture of where a disk's bytes are",
+            "imgprealloc show --layout /var/lib/nova/instances/5b1c7f42*/disk -o disk.svg",
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = self._parser = super().get_parser(prog_name)

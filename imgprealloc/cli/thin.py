@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from imgprealloc.cli import disks
 from imgprealloc.cli import working
+from imgprealloc.cli.examples import Example
 from imgprealloc.cli.working import Outcome
 from imgprealloc.image import DiskImage
 from imgprealloc.preallocator import Preallocator
@@ -24,6 +25,17 @@ class Thin(disks.Paced):
     does, stay, unless the disk is rewritten. Where nova.conf has imgprealloc
     preallocate disks, the instance's next start sets the space aside again.
     """
+
+    examples = (
+        Example(
+            "Give back what an instance that is shut off has not written to",
+            "imgprealloc thin /var/lib/nova/instances/5b1c7f42*/disk",
+        ),
+        Example(
+            "The same for one that was made in mode full",
+            "imgprealloc thin --rewrite /var/lib/nova/instances/5b1c7f42*/disk",
+        ),
+    )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

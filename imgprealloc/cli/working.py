@@ -25,7 +25,9 @@ from imgprealloc import mounts
 from imgprealloc import record
 from imgprealloc import service
 from imgprealloc.cli import abreast
+from imgprealloc.cli import examples
 from imgprealloc.cli import signals
+from imgprealloc.cli.examples import Example
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
 from imgprealloc.image import State
@@ -79,6 +81,7 @@ class Working(command.Command):
     """A command that works on disks, one or all that there are."""
 
     status = 0
+    examples: Sequence[Example] = ()
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
@@ -88,6 +91,7 @@ class Working(command.Command):
             help="the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, "
             "else a guess by its first bytes, under which no byte of it is changed",
         )
+        examples.add(parser, self.examples)
         return parser
 
     def run(self, parsed_args: argparse.Namespace) -> int:

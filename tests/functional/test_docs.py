@@ -15,12 +15,14 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 import images
 import pytest
 import rst_blocks
 
 from imgprealloc import Preallocator
+from imgprealloc import cli
 
 MiB = 1 << 20
 
@@ -108,6 +110,27 @@ def test_commands_of_a_page_do_what_it_says(page: str, folder: pathlib.Path) -> 
         assert done.returncode in command.ends, told
         if command.shown:
             assert [_shape(line) for line in done.stdout.splitlines()] == [_shape(line) for line in command.shown], told
+
+
+# Of these the exit status is the answer.
+_ENDS = {"check": (0, 1, 2), "check-nova": (0, 1)}
+
+_MANAGER = cli.Imgprealloc().command_manager
+# Beside cliff's own.
+_VERBS = [name for name, _ in _MANAGER if name not in ("complete", "help")]
+
+
+@pytest.mark.parametrize("name", _VERBS)
+def test_examples_of_a_verb_s_help_can_be_typed(name: str, folder: pathlib.Path) -> None:
+    reader = Reader(folder, folder.parent)
+    verb: Any = _MANAGER.find_command([name])[0]
+    shown = reader.types(f"imgprealloc {name} --help").stdout
+
+    assert verb.examples
+    for example in verb.examples:
+        assert f"{example.deed}:\n    # {example.typed}\n" in shown
+        done = reader.types(example.typed)
+        assert done.returncode in _ENDS.get(name, (0,)), f"{example.typed}\n{done.stdout}{done.stderr}"
 
 
 def test_answer_that_is_another_one_is_seen() -> None:
