@@ -520,9 +520,9 @@ def _holds_nothing(image: DiskImage) -> bool:
 def _obstacle(image: DiskImage) -> Optional[str]:
     """Say why a disk cannot be replaced by a copy, if it cannot."""
     if image.snapshots:
-        return "it has internal snapshots, which a copy would lose"
+        return "it has internal snapshots, which a copy would lose (qemu-img snapshot -d deletes them)"
     if image.bitmaps:
-        return "it has dirty bitmaps, which a copy would lose"
+        return "it has dirty bitmaps, which a copy would lose (qemu-img bitmap --remove; then make a full backup)"
     # A crash leaks a few clusters; a damaged table loses sight of most.
     if image.leaked_clusters and image.leaked_clusters >= (image.mapped_clusters or 0):
         return (

@@ -415,8 +415,8 @@ def test_old_qemu_still_recreates_a_disk_without_a_backing_file(host: Host) -> N
 @pytest.mark.parametrize(
     ("disk", "reason"),
     [
-        ({"mapped": 0.5, "snapshots": 1}, "snapshots"),
-        ({"mapped": 0.5, "bitmaps": 1}, "bitmaps"),
+        ({"mapped": 0.5, "snapshots": 1}, "qemu-img snapshot -d"),
+        ({"mapped": 0.5, "bitmaps": 1}, "qemu-img bitmap --remove"),
         ({"mapped": 0.5, "backing_file": "base"}, "backing file's format"),
         ({"mapped": None, "backing_file": "base"}, "backing file's format"),
     ],
