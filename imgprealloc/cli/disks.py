@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import io
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from cliff import lister
 from cliff.columns import FormattableColumn
@@ -45,7 +46,7 @@ _COLUMNS = (
     "error",
 )
 # What fits 80 characters: as people name it, and what it is.
-_SHORT_COLUMNS = {
+SHORT_COLUMNS = {
     "instance": "short instance",
     "disk": "disk",
     "size": "virtual_size",
@@ -92,6 +93,8 @@ class Disks(working.Working, lister.Lister):
     # Its oldest releases cannot, where a disk has nothing in a column.
     need_sort_by_cliff = False
 
+    short_columns: ClassVar[Mapping[str, str]] = SHORT_COLUMNS
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
         parser.add_argument("--long", action="store_true", help="show paths, clusters and allocated sizes in the table")
@@ -126,7 +129,7 @@ class Disks(working.Working, lister.Lister):
         self.summary = list(_summary(outcomes))
         columns: dict[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
-            columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
+            columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else self.short_columns
         rows = [tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes]
         return tuple(columns), rows
 

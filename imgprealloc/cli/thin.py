@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from collections.abc import Mapping
 import os
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from imgprealloc.cli import disks
 from imgprealloc.cli import working
@@ -36,6 +37,11 @@ class Thin(disks.Paced):
             "imgprealloc thin --rewrite /var/lib/nova/instances/5b1c7f42*/disk",
         ),
     )
+
+    # Nobody has one in use that is treated, and the last column needs the room.
+    short_columns: ClassVar[Mapping[str, str]] = {
+        title: column for title, column in disks.SHORT_COLUMNS.items() if title != "in use"
+    }
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)

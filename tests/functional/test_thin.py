@@ -310,6 +310,19 @@ def test_command_shows_what_each_disk_has_given_back(folder: pathlib.Path) -> No
     assert row["given_back"] == before - images.allocated(disk) > 50 * MiB
 
 
+def test_table_of_what_was_given_back_fits_80_characters(folder: pathlib.Path) -> None:
+    instance = folder / "5b1c7f42-8d0e-4a63-b1f5-2c9e7a40d386"
+    instance.mkdir()
+    os.rename(raw(folder), instance / "disk.local")
+
+    lines = command("thin", "--disk-format", "raw", instance).stdout.splitlines()
+
+    assert "given back" in lines[1]
+    # None is, and with it larger disks would take more.
+    assert "in use" not in lines[1]
+    assert max(map(len, lines[:-1])) <= 80
+
+
 def test_command_says_of_a_full_disk_what_would_thin_it(folder: pathlib.Path) -> None:
     disk = raw(folder, "full")
 
