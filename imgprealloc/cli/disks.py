@@ -127,7 +127,7 @@ class Disks(working.Working, lister.Lister):
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Make a table of what became of disks, for whoever is to read it."""
         self.summary = list(_summary(outcomes))
-        columns: dict[str, str] = {name: name for name in _COLUMNS}
+        columns: Mapping[str, str] = {name: name for name in _COLUMNS}
         if parsed_args.formatter == "table" and not parsed_args.columns:
             columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else self.short_columns
         rows = [tuple(self._cell(outcome, column) for column in columns.values()) for outcome in outcomes]
