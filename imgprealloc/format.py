@@ -257,6 +257,23 @@ def given_back(file: DiskFile, shared_bytes: int = 0) -> int:
     return os.fstat(file.fd).st_blocks * 512 - shared_bytes
 
 
+def require_space_for_copy(file: DiskFile, promise: Promise, unit: int) -> None:
+    """Refuse to copy what there may be no room for, before it has filled the filesystem for everybody.
+
+    What is in the file's written parts may be zeros, which a thin copy leaves out;
+    whether it is, the copy alone would tell.
+
+    :param unit: bytes that the copy has written at once
+    :raises: NoSpace
+    """
+
+    def written() -> int:
+        zeros.forget_reads(file.fd)
+        return sum(end - first for first, end in zeros.written(file.fd, unit)) * unit
+
+    promise.require_space(file, native_thread.run(written))
+
+
 def write_out(file: DiskFile, promise: Promise, start: int = 0) -> None:
     """Write from start on what qemu-img was only told to set aside, where that is not what was promised."""
     if promise.of_qemu != promise.mode:

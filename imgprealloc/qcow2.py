@@ -194,10 +194,13 @@ class Qcow2(format.Format):
 
     def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
         obstacle = _obstacle(image)
+        if obstacle is None and image.compressed_clusters:
+            obstacle = f"it has {image.compressed_clusters} compressed clusters, which take more in a copy"
         if obstacle is not None:
             raise exceptions.UnsupportedFormat(
                 file.path, obstacle, "Give back what nobody has written to, without copying it (imgprealloc thin)."
             )
+        format.require_space_for_copy(file, promise, image.cluster_size or 1)
         base: Optional[_Base] = None
         if image.backing_file is not None:
             base = _Base.of(file, image.backing_file, str(image.backing_format))

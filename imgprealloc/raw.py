@@ -27,6 +27,9 @@ from imgprealloc.settings import Mode
 # raw has no metadata, and qemu-img refuses the word for it.
 _PREALLOCATION = {"falloc": "falloc", "full": "full", "metadata": "off"}
 
+# By qemu-img convert, which leaves out zeros of that length.
+_WRITTEN_AT_ONCE = 4096
+
 
 class Raw(format.Format):
     """The format without a header."""
@@ -92,6 +95,7 @@ class Raw(format.Format):
         format.write_out(file, promise, start=image.file_size)
 
     def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
+        format.require_space_for_copy(file, promise, _WRITTEN_AT_ONCE)
         place_for = functools.partial(replacement.replacing, file, image.stamp)
         return self.put(
             place_for, Geometry(image.virtual_size), promise,

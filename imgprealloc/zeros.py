@@ -8,6 +8,7 @@ nova-compute.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import errno
 import os
@@ -31,6 +32,10 @@ _BLOCK = 256 * units.Ki
 # Of what a pace is kept for: so much may pile up in the page cache, and be
 # what somebody else's fsync has to wait for.
 _PORTION = 16 * units.Mi
+
+# Seconds, of which whoever waits for the file notices as little. A block at 4 KiB a
+# second is 64, and after 45 the kernel lets them in, whom QEMU's locks then refuse.
+_LONGEST_REST = 0.1
 
 # Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
 # a cluster of the largest size.
@@ -158,22 +163,25 @@ class _Paced:
         self._done = 0
         self._piled = 0
 
-    def written(self, length: int) -> None:
-        """Take a rest after so many bytes, where that is due."""
+    def written(self, length: int, refuse_others: Callable[[], None]) -> None:
+        """Take a rest after so many bytes, where that is due, and end it for whoever wants to open the file."""
         self._done += length
         self._piled += length
         if self._piled >= _PORTION:
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._piled = 0
-        if self._rate:
-            time.sleep(max(0, self._began + self._done / self._rate - time.monotonic()))
+        if not self._rate:
+            return
+        while (rest := self._began + self._done / self._rate - time.monotonic()) > 0:
+            refuse_others()
+            time.sleep(min(rest, _LONGEST_REST))
 
 
 class _Unpaced:
     """Writes blocks as fast as the kernel takes them."""
 
-    def written(self, length: int) -> None:
+    def written(self, length: int, refuse_others: Callable[[], None]) -> None:
         """Go on."""
 
 
@@ -196,7 +204,7 @@ def _fill(path: str, fd: int, start: int, pace: _Paced | _Unpaced) -> None:
                 length = os.pwrite(fd, block, position)
                 position += length
                 printer.tell(position - start)
-                pace.written(length)
+                pace.written(length, refuse_others)
         os.fdatasync(fd)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Mapping
+import contextlib
 import os
 from typing import Any, ClassVar, Optional
 
@@ -57,13 +58,15 @@ class Thin(disks.Paced):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Thin one disk after the other."""
-        paths = self.named(parsed_args.paths)
+        paths = list(dict.fromkeys(self.named(parsed_args.paths)))
         bar = self.progress_bar(len(paths))
         self._before: dict[str, int] = {}
 
         def work(path: str) -> DiskImage:
             with bar.of(path) as progress:
-                self._before[path] = os.stat(path).st_blocks * 512
+                # What cannot be looked at, the verb itself tells.
+                with contextlib.suppress(OSError):
+                    self._before[path] = os.stat(path).st_blocks * 512
                 return Preallocator().thin(
                     path,
                     rewrite=parsed_args.rewrite,

@@ -337,3 +337,34 @@ def test_command_says_of_a_full_disk_what_would_thin_it(folder: pathlib.Path) ->
 
 def test_command_thins_no_disk_that_nobody_has_named(folder: pathlib.Path) -> None:
     assert command("thin").returncode == 2
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_copy_without_room_leaves_the_filesystem_to_others(tight: pathlib.Path, format: str) -> None:
+    disk = tight / "disk"
+    images.run("qemu-img", "create", "-q", "-f", format, disk, "170M")
+    images.qemu_io(disk, "write -P 1 0 170M", format=format)
+    others = images.sparse_file(tight / "others", 64 * MiB)
+    least: list[int] = []
+
+    def look(*_: int) -> None:
+        least.append(os.statvfs(tight).f_bavail)
+
+    with pytest.raises(exceptions.NoSpace):
+        Preallocator().thin(disk, rewrite=True, format=format, progress=look)
+
+    # No copy was begun.
+    assert least == []
+    images.run("fallocate", "-l", "64M", others)
+
+
+def test_compressed_disk_is_not_copied_into_a_larger_one(folder: pathlib.Path) -> None:
+    data = folder / "data"
+    data.write_bytes(b"ab" * MiB)
+    disk = images.qcow2_of(folder / "disk", data, "-c")
+    before = images.allocated(disk)
+
+    with pytest.raises(exceptions.UnsupportedFormat, match="compressed"):
+        Preallocator().thin(disk, rewrite=True, format="qcow2")
+
+    assert images.allocated(disk) == before

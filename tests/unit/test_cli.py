@@ -145,6 +145,18 @@ def test_disk_that_cannot_be_read_is_a_row_with_its_error(host: Host, run: Run) 
     assert "| error " in run("show", host.path("missing")).out
 
 
+def test_thin_tells_of_a_missing_disk_as_the_others_do(run: Run, host: Host) -> None:
+    (shown,) = json.loads(run("thin", "-f", "json", host.path("missing")).out)
+
+    assert shown["error"] == f"{host.path('missing')}: there is no such file. Check the path."
+
+
+def test_thin_works_once_on_a_disk_that_is_named_twice(run: Run, host: Host) -> None:
+    disk = host.raw(held=SIZE)
+
+    assert len(json.loads(run("thin", "-f", "json", "--disk-format", "raw", disk, disk).out)) == 1
+
+
 def instance_with(host: Host, *names: str) -> str:
     """Make an instance's folder with disks; return it."""
     folder = host.path(INSTANCE)

@@ -346,8 +346,32 @@ def test_process_rests_until_it_is_no_faster_than_its_rate(file: pathlib.Path) -
     ):
         assert zeros._main("/instances/1/disk", disk.fileno(), 0, units.Mi) == 0
 
-    assert now == [2.0]
+    assert now == [pytest.approx(2.0)]
     assert holes(file) == []
+
+
+def test_whoever_wants_to_open_the_file_does_not_wait_for_a_rest(file: pathlib.Path) -> None:
+    os.truncate(file, units.Mi)
+    opened: list[int] = []
+    somebody = threading.Thread(target=lambda: opened.append(os.open(file, os.O_RDWR)))
+    rests: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 1:
+            somebody.start()
+            while fcntl.fcntl(disk.fileno(), fcntl.F_GETLEASE) == fcntl.F_WRLCK:
+                real(0.001)
+
+    real = time.sleep
+    with fixtures.MockPatchObject(time, "sleep", sleep), file.open("r+b") as disk:
+        # A block takes 64 s.
+        assert zeros._main("/instances/1/disk", disk.fileno(), 0, 4 * units.Ki) == 1
+        somebody.join()
+
+    os.close(opened[0])
+    assert len(rests) == 1
+    assert rests[0] < 1
 
 
 @pytest.mark.parametrize(("rate", "times"), [(None, 1), (0, 4)])
