@@ -20,6 +20,7 @@ from imgprealloc import sizes
 from imgprealloc import zeros
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
+from imgprealloc.fallocate import Extent
 from imgprealloc.image import DiskImage
 from imgprealloc.image import State
 from imgprealloc.layout import Layout
@@ -236,20 +237,24 @@ def set_space_aside(file: DiskFile, image: DiskImage, length: int, promise: Prom
     shared = fallocate.shared(file.program_name)
     if shared:
         fallocate.unshare(file.path, file.program_name, shared)
-    fill(file, length, promise)
+    filled = fill(file, length, promise)
     # Whoever has it open keeps us from writing, and has not kept us from setting aside.
-    if written and not image.in_use:
+    if written and filled and not image.in_use:
         # Into what is set aside already: where the space runs out, that can be given
-        # back, and zeros could not.
-        zeros.write(file.path, file.fd)
+        # back, and zeros could not. What was set aside before is nobody's concern here.
+        zeros.write(file.path, file.fd, within=filled)
 
 
-def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> None:
-    """Fill the holes of a file, all or none; with zeros, where there is no other way."""
+def fill(file: DiskFile, length: int, promise: Promise, start: int = 0) -> list[Extent]:
+    """Fill the holes of a file, all or none; with zeros, where there is no other way.
+
+    :returns: what was set aside, in few pieces, which may be held in part before
+    """
     if promise.holds_space:
-        _reserve(file, start, start + length)
-    elif promise.mode == "full":
+        return _reserve(file, start, start + length)
+    if promise.mode == "full":
         zeros.write(file.path, file.fd)
+    return []
 
 
 def given_back(file: DiskFile, shared_bytes: int = 0) -> int:
@@ -280,16 +285,18 @@ def write_out(file: DiskFile, promise: Promise, start: int = 0) -> None:
         zeros.write(file.path, file.fd, start=start)
 
 
-def _reserve(file: DiskFile, start: int, end: int) -> None:
+def _reserve(file: DiskFile, start: int, end: int) -> list[Extent]:
     before = fallocate.extents(file.program_name)
+    gaps = fallocate.gaps(before, start, end)
     try:
         with os_errors.translated(file.path):
-            for gap in fallocate.gaps(before, start, end):
+            for gap in gaps:
                 fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
     except exceptions.NoSpace:
         # Else nobody on this filesystem could write any more, and nobody would have gained.
         giving_back.give_back(file.path, file.fd, before, start, end)
         raise
+    return gaps
 
 
 def copied_on_write(path: str) -> exceptions.UnsupportedFilesystem:

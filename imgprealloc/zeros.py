@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import errno
 import os
 import sys
@@ -37,17 +38,21 @@ _PORTION = 16 * units.Mi
 # second is 64, and after 45 the kernel lets them in, whom QEMU's locks then refuse.
 _LONGEST_REST = 0.1
 
+# Of the process: what comes before the stretches that it writes in.
+_WITHIN = "within"
+
 # Bytes that qemu-img leaves unwritten in a qcow2 file's own metadata, less than
 # a cluster of the largest size.
 MOST_OF_METADATA = 2 * units.Mi
 
 
-def write(path: str, fd: int, *, start: int = 0) -> None:
+def write(path: str, fd: int, *, start: int = 0, within: Sequence[Extent] | None = None) -> None:
     """Write zeros over all that is a hole, or set aside but not written yet.
 
     :param path: the disk, for the error's text
     :param fd: the only descriptor of it that this process has
     :param start: the byte that it begins at
+    :param within: where alone it does so; no more than a command line can tell
     :raises: ImageInUse, NoSpace, CommandFailed, also where somebody opens the
         file meanwhile, or the filesystem calls a hole what reads as something else
     """
@@ -59,9 +64,11 @@ def write(path: str, fd: int, *, start: int = 0) -> None:
     kept = pace.current()
     rate = [] if kept is None else [str(kept.rate or 0)]
     size = os.fstat(fd).st_size
+    stretches = [] if within is None else [_WITHIN, *(f"{extent.start}:{extent.length}" for extent in within)]
     command.run(
-        path, sys.executable, "-W", "ignore", "-m", __name__, path, str(start), *rate,
-        work=size, stdin=fd, told=progress.printed(size - start),
+        path, sys.executable, "-W", "ignore", "-m", __name__, path, str(start), *rate, *stretches,
+        work=size, stdin=fd,
+        told=progress.printed(size - start if within is None else sum(extent.length for extent in within)),
     )  # fmt: skip
 
 
@@ -185,34 +192,41 @@ class _Unpaced:
         """Go on."""
 
 
-def _fill(path: str, fd: int, start: int, pace: _Paced | _Unpaced) -> None:
+def _fill(path: str, fd: int, stretches: Sequence[Extent], pace: _Paced | _Unpaced) -> None:
     """Write zeros into the holes of an open file, each block once it has been read.
 
     :raises: ImageInUse when somebody wants to open the file, FileError for a
         hole that has something in it
     """
     zeros = bytes(_BLOCK)
-    printer = progress.Printer(os.fstat(fd).st_size - start)
+    printer, before = progress.Printer(sum(stretch.length for stretch in stretches)), 0
     with lock.sole_opener(path, fd) as refuse_others:
         forget_reads(fd)
-        for hole in holes(fd, start):
-            position = hole.start
-            while position < hole.end:
-                refuse_others()
-                block = memoryview(zeros)[: min(hole.end - position, _BLOCK)]
-                require_zeros(path, fd, position, len(block))
-                length = os.pwrite(fd, block, position)
-                position += length
-                printer.tell(position - start)
-                pace.written(length, refuse_others)
+        for stretch in stretches:
+            for hole in holes(fd, stretch.start):
+                position, end = hole.start, min(hole.end, stretch.end)
+                while position < end:
+                    refuse_others()
+                    block = memoryview(zeros)[: min(end - position, _BLOCK)]
+                    require_zeros(path, fd, position, len(block))
+                    length = os.pwrite(fd, block, position)
+                    position += length
+                    printer.tell(before + position - stretch.start)
+                    pace.written(length, refuse_others)
+                if hole.end >= stretch.end:
+                    break
+            before += stretch.length
         os.fdatasync(fd)
 
 
-def _main(path: str, fd: int = 0, start: int = 0, rate: int | None = None) -> int:
+def _main(
+    path: str, fd: int = 0, start: int = 0, rate: int | None = None, *, within: Sequence[Extent] | None = None
+) -> int:
     """Do what write() asks for, on standard input, and keep QEMU out meanwhile: this process may outlive the other."""
+    stretches = [Extent(start, os.fstat(fd).st_size - start)] if within is None else within
     try:
         with lock.no_writer(path, fd):
-            _fill(path, fd, start, _Unpaced() if rate is None else _Paced(fd, rate))
+            _fill(path, fd, stretches, _Unpaced() if rate is None else _Paced(fd, rate))
     except exceptions.PreallocationError as exc:
         print(exc.reason, file=sys.stderr)
         return 1
@@ -222,5 +236,18 @@ def _main(path: str, fd: int = 0, start: int = 0, rate: int | None = None) -> in
     return 0
 
 
+def _told(words: Sequence[str], fd: int = 0) -> int:
+    """Do it as a command line tells it.
+
+    :param words: the disk, the start, the rate, if any, and the stretches, if any
+    """
+    at = words.index(_WITHIN, 1) if _WITHIN in words[1:] else len(words)
+    stretches = []
+    for stretch in words[at + 1 :]:
+        first, length = map(int, stretch.split(":"))
+        stretches.append(Extent(first, length))
+    return _main(words[0], fd, *map(int, words[1:at]), within=stretches if at < len(words) else None)
+
+
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1], 0, *map(int, sys.argv[2:])))
+    sys.exit(_told(sys.argv[1:]))

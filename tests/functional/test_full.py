@@ -17,6 +17,7 @@ from functional.terminal import argv
 from imgprealloc import Pace
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import fallocate
 from imgprealloc import healing
 from imgprealloc import zeros
 
@@ -77,6 +78,20 @@ def test_new_overlay_in_mode_full_is_not_written_once_more(folder: pathlib.Path,
     FULL.preallocate(folder / "disk", format="qcow2")
 
     assert images.identity(folder / "disk") == before
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_start_writes_what_it_has_to_set_aside_and_not_all_that_was_held(folder: pathlib.Path) -> None:
+    disk = disk_in(folder, "raw")
+    held, before = images.unwritten(disk), images.file_digest(disk)
+    with disk.open("r+b") as file:
+        for start in (8, 30, 50):
+            fallocate.punch(file.fileno(), start * MiB, MiB)
+
+    image = FULL.preallocate(disk, "reserve", format="raw", write_held=False)
+
+    assert (image.state, images.unwritten(disk)) == ("preallocated", held - 3 * MiB)
+    assert images.file_digest(disk) == before
 
 
 def test_mapped_disk_gets_its_space_written_too(folder: pathlib.Path) -> None:

@@ -580,8 +580,7 @@ class Host(Programs):
         fd = int(call.kwargs["preexec_fn"].__self__.stdin)
         self._take(call, self._disks[_key(fd)], os.fstat(fd).st_size)
         # For real: the disks are small, and the holes are its own to find.
-        path, *numbers = call.argv[call.argv.index("imgprealloc.zeros") + 1 :]
-        assert zeros._main(path, fd, *map(int, numbers)) == 0
+        assert zeros._told(call.argv[call.argv.index("imgprealloc.zeros") + 1 :], fd) == 0
         return ""
 
     def _unshare(self, call: Call) -> str:
