@@ -350,6 +350,15 @@ def _preallocator_now(instance: Any) -> Preallocator:
     return dataclasses.replace(healing.without_zeros(strategy), overlay_subclusters="unallocated")
 
 
+def _preallocator_for_existing(instance: Any) -> Preallocator:
+    """Return an instance's strategy for disks that are there."""
+    strategy = _preallocator_now(instance)
+    if getattr(instance, "uuid", None) in _arriving:
+        # The room for those that arrive has just been asked for, and granted, by Nova's scheduler.
+        return strategy
+    return opts.for_existing(CONF, strategy)
+
+
 def _existing_disks() -> Existing:
     """Return what nova.conf lets happen to disks with data."""
     return "rewrite" if CONF.imgprealloc.existing_disks == "rewrite" else "reserve"
@@ -371,10 +380,6 @@ def _heal(
     :param known: the disk as it has just been found
     :raises: NoSpace where that would have failed, too
     """
-    strategy = _preallocator_now(instance)
-    if getattr(instance, "uuid", None) not in _arriving:
-        # The room for those that arrive has just been asked for, and granted, by Nova's scheduler.
-        strategy = opts.for_existing(CONF, strategy)
     greatest = None
     if existing is None:
         existing = _existing_disks()
@@ -389,7 +394,7 @@ def _heal(
             existing = "reserve"
             greatest = stock_length
     healing.heal(
-        strategy,
+        _preallocator_for_existing(instance),
         path,
         format,
         existing,
@@ -589,10 +594,13 @@ class _Preallocating(_Image):  # type: ignore[misc]
 
     def _will_be_held(self, found: DiskImage | None) -> bool:
         """Whether the disk's space is about to be set aside; Nova describes a guest before it looks after its disks."""
-        if found is None or (found.copy_on_write and _existing_disks() != "rewrite"):
+        if found is None:
             return False
         try:
-            return self._preallocator().holds_space(self.path)
+            plan = _preallocator_for_existing(self._instance).plan(
+                self.path, _existing_disks(), format=self.driver_format, known=found, write_held=False
+            )
+            return not plan.refused and plan.state in healing.HELD
         except exceptions.PreallocationError as exc:
             LOG.debug("%s: taken for thin: %s", self.path, exc)
             return False

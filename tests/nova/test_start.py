@@ -281,6 +281,19 @@ def test_start_leaves_disks_as_they_are_where_others_are_to_keep_the_space(
 
 
 @KINDS
+def test_trim_is_let_through_where_others_are_to_keep_the_space(host: Callable[..., Host], kind: str) -> None:
+    node = host(libvirt__images_type=kind, libvirt__hw_disk_discard="unmap", imgprealloc__keep_free="100%")
+    instance = node.spawn(node.instance())
+    built = [disk.driver_discard for disk in node.described(instance)]
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    node.start(instance)
+
+    assert (built, [disk.driver_discard for disk in node.described(instance)]) == (["ignore"] * 3, ["unmap"] * 3)
+
+
+@KINDS
 def test_build_takes_what_it_needs_whatever_is_to_be_kept_free(host: Callable[..., Host], kind: str) -> None:
     node = host(libvirt__images_type=kind, imgprealloc__keep_free="100%")
 
