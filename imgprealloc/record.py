@@ -36,7 +36,8 @@ _NAME = "disk.info"
 
 # What the hosts that disks come from, or libvirt, have told, by the names of the
 # disks' folders and their own: instances_path may be another there.
-_told: dict[tuple[str, str], str] = {}
+# With the path there where that has to be the same file, if it is here.
+_told: dict[tuple[str, str], tuple[str, Optional[str]]] = {}
 
 # Disks that had no record of their own before this process let Nova write one,
 # which then is but the configuration's word: device, inode.
@@ -163,12 +164,14 @@ def agrees(path: str, format: str) -> bool:
 
 
 @contextlib.contextmanager
-def also_told(formats: Mapping[str, str]) -> Iterator[None]:
+def also_told(formats: Mapping[str, str], *, of_here: bool = False) -> Iterator[None]:
     """Let what somebody has told of disks' formats count, as a record does, for as long as the block runs.
 
     :param formats: by the disks' paths: of the host that they come from, or of libvirt
+    :param of_here: whether the paths are this host's, so that a copy of a disk, in
+        a folder of the same name elsewhere, is not what is told of
     """
-    of_disks = {_instance_and_name(path): format for path, format in formats.items()}
+    of_disks = {_instance_and_name(path): (format, path if of_here else None) for path, format in formats.items()}
     _told.update(of_disks)
     try:
         yield
@@ -179,7 +182,12 @@ def also_told(formats: Mapping[str, str]) -> Iterator[None]:
 
 def source_host_says(path: str) -> Optional[str]:
     """Return the format that the host has told of that a disk is just coming from; None where none has."""
-    return _told.get(_instance_and_name(path))
+    format, other = _told.get(_instance_and_name(path), (None, None))
+    if other is not None:
+        # In a container the disk may have another path, and libvirt's be nowhere.
+        with contextlib.suppress(OSError):
+            return format if os.path.samefile(path, other) else None
+    return format
 
 
 def _instance_and_name(path: str) -> tuple[str, str]:

@@ -98,7 +98,7 @@ class Working(command.Command):
         """Work, while what libvirt has on record counts as Nova's own record does; return the exit status."""
         self.domains = domains.known()
         formats = {path: format for domain in self.domains.values() for path, format in domain.formats.items()}
-        with record.also_told(formats):
+        with record.also_told(formats, of_here=True):
             return int(super().run(parsed_args))
 
     def named(self, paths: Sequence[str]) -> list[str]:

@@ -464,3 +464,16 @@ def test_raw_wins_also_over_a_second_entry_of_the_same_key(host: Host) -> None:
         file.write(f'{{"{path}": "raw", "{path}": "qcow2"}}')
 
     assert record.note(path) == said("raw")
+
+
+def test_copy_of_a_disk_is_not_what_is_told_of_the_disk_itself(tmp_path: pathlib.Path) -> None:
+    disk, copy, gone = (tmp_path / name / "instance" / "disk" for name in ("nova", "backup", "elsewhere"))
+    for path in (disk, copy):
+        path.parent.mkdir(parents=True)
+        path.touch()
+
+    with record.also_told({str(disk): "qcow2"}, of_here=True):
+        assert [record.source_host_says(str(path)) for path in (disk, copy)] == ["qcow2", None]
+    # As in a container, where libvirt's path is nowhere.
+    with record.also_told({str(gone): "qcow2"}, of_here=True):
+        assert record.source_host_says(str(disk)) == "qcow2"
