@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import pathlib
 from typing import Any
 
 import fixtures
