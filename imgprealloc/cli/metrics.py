@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
-
-import prometheus_client
+from typing import TYPE_CHECKING, get_args
 
 from imgprealloc.cli import working
 from imgprealloc.cli.examples import Example
 from imgprealloc.image import State
+
+if TYPE_CHECKING:
+    import prometheus_client
 
 
 class Metrics(working.Working):
@@ -37,6 +38,9 @@ class Metrics(working.Working):
 
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         """Look at all disks; 0 if all could be read, and the file written."""
+        # It reads of this process what it can as it is imported, and cliff imports this module for every verb.
+        import prometheus_client
+
         registry = _registry(self.look_at(parsed_args))
         if parsed_args.output is None:
             self.app.stdout.write(prometheus_client.generate_latest(registry).decode())
@@ -50,6 +54,8 @@ class Metrics(working.Working):
 
 
 def _registry(outcomes: list[working.Outcome]) -> prometheus_client.CollectorRegistry:
+    import prometheus_client
+
     registry = prometheus_client.CollectorRegistry()
 
     def gauge(name: str, help: str, *labels: str) -> prometheus_client.Gauge:
