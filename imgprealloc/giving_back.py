@@ -57,7 +57,8 @@ def give_back(path: str, fd: int, before: Sequence[Extent] | None, start: int, e
     except (exceptions.ImageInUse, OSError) as exc:
         LOG.debug("%s: not all that it has got is given back: %s", path, exc)
     given = (had - os.fstat(fd).st_blocks) * 512
-    LOG.info("%s: %s, set aside until the space ran out, are given back", path, sizes.exact(given))
+    if given > 0:
+        LOG.info("%s: %s, set aside until the space ran out, are given back", path, sizes.exact(given))
 
 
 def _cut_off(fd: int, before: Sequence[Extent], end: int) -> None:
