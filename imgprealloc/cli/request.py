@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-import contextlib
 import dataclasses
-import os
-from typing import Optional
 
 from imgprealloc import exceptions
-from imgprealloc import mounts
 from imgprealloc import sizes
+from imgprealloc.cli import by_mount
 from imgprealloc.plan import Plan
 from imgprealloc.plan import TreatmentName
 
@@ -68,20 +65,7 @@ class Share:
 
 def shares(plans: Iterable[Plan]) -> list[Share]:
     """Say for each filesystem what fits, and what does not."""
-    mounted: dict[int, Optional[mounts.Mount]] = {}
-    together: dict[str | int, list[Plan]] = {}
-    names: dict[str | int, str] = {}
-    for plan in plans:
-        device = plan.image.stamp.device
-        folder = os.path.dirname(os.path.realpath(plan.path))
-        if device not in mounted:
-            mounted[device] = _mount(folder)
-        mount = mounted[device]
-        # The subvolumes of a btrfs, each with a number of its own in stat(2), are one filesystem.
-        key = mount.source if mount is not None and os.path.isabs(mount.source) else device
-        together.setdefault(key, []).append(plan)
-        names.setdefault(key, folder if mount is None else mount.point)
-    return [_shared(names[key], found) for key, found in together.items()]
+    return [_shared(mount_point, found) for mount_point, found in by_mount.together(plans, lambda plan: plan.image)]
 
 
 def _shared(mount_point: str, plans: list[Plan]) -> Share:
@@ -97,13 +81,3 @@ def _shared(mount_point: str, plans: list[Plan]) -> Share:
             parts["order"].append(plan)
             taken += plan.space
     return Share(mount_point, available, **{name: tuple(found) for name, found in parts.items()})
-
-
-def _mount(folder: str) -> Optional[mounts.Mount]:
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            return mounts.of(fd)
-        finally:
-            os.close(fd)
-    return None

@@ -21,10 +21,10 @@ from imgprealloc import domains
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import instances
-from imgprealloc import mounts
 from imgprealloc import record
 from imgprealloc import service
 from imgprealloc.cli import abreast
+from imgprealloc.cli import by_mount
 from imgprealloc.cli import examples
 from imgprealloc.cli import signals
 from imgprealloc.cli.examples import Example
@@ -193,22 +193,17 @@ def _instances_path() -> str:
 
 def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:
     """Add up the disks that could be read, for each filesystem that can be asked."""
-    of_device: dict[int, list[DiskImage]] = {}
-    for outcome in outcomes:
-        if outcome.image is not None:
-            of_device.setdefault(outcome.image.stamp.device, []).append(outcome.image)
-    for images in of_device.values():
-        folder = os.path.dirname(os.path.realpath(images[0].path))
+    images = (outcome.image for outcome in outcomes if outcome.image is not None)
+    for mount_point, found in by_mount.together(images, lambda image: image):
         with contextlib.suppress(OSError):
-            yield _filesystem(folder, images)
+            yield _filesystem(mount_point, found)
 
 
-def _filesystem(folder: str, images: Sequence[DiskImage]) -> Filesystem:
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _filesystem(mount_point: str, images: Sequence[DiskImage]) -> Filesystem:
+    fd = os.open(os.path.dirname(os.path.realpath(images[0].path)), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        mount = mounts.of(fd)
         return Filesystem(
-            mount_point=folder if mount is None else mount.point,
+            mount_point=mount_point,
             states=collections.Counter(image.state for image in images),
             short=sum(image.shortfall for image in images),
             available=filesystem.available(fd),

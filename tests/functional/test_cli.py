@@ -133,3 +133,17 @@ def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc: Command, fold
         (folder / "disk.info").symlink_to("fifo")
 
     assert shown(imgprealloc("show", "-f", "json", "disk"))["format"] == "raw"
+
+
+@pytest.mark.parametrize("kind", ["btrfs"])
+def test_disks_of_two_subvolumes_are_added_up_once(imgprealloc: Command, folder: pathlib.Path, kind: str) -> None:
+    disks = []
+    for name in ("one", "two"):
+        images.run("btrfs", "-q", "subvolume", "create", folder / name)
+        disks.append(images.sparse_file(folder / name / "disk", 8 * MiB))
+
+    lines = imgprealloc("show", "--disk-format", "raw", *disks).stdout.splitlines()
+
+    assert len({disk.stat().st_dev for disk in disks}) == 2
+    assert [line for line in lines if " available" in line] == lines[-1:]
+    assert ": 2 thin; 16 MiB short, " in lines[-1]

@@ -40,7 +40,7 @@ FLOORS = (
     {"healing", "refilling", "opts", "seams"},
     {"nova", "extra_specs"},
     {"check_nova"},
-    {"cli.abreast", "cli.signals", "cli.new_file", "cli.progress_bar", "cli.examples"},
+    {"cli.abreast", "cli.signals", "cli.new_file", "cli.progress_bar", "cli.examples", "cli.by_mount"},
     {"cli.working"},
     {"cli.disks", "cli.request"},
     {"cli.picture", "cli.plans"},
