@@ -352,8 +352,8 @@ class Preallocator(Settings):
             else:
                 after = before
             LOG.info(
-                "%s: %s before, %s now, %d bytes given back, %.2f s",
-                path, before.state, after.state, before.allocated_size - after.allocated_size,
+                "%s: %s before, %s now, %s given back, %.2f s",
+                path, before.state, after.state, sizes.exact(max(0, before.allocated_size - after.allocated_size)),
                 time.monotonic() - started,
             )  # fmt: skip
             return after

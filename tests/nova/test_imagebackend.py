@@ -293,18 +293,16 @@ def test_disk_on_record_as_raw_is_not_taken_for_qcow2_by_its_own_first_bytes(
     existing_disks: str,
     size: int,
     arriving_as: str | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Where Nova itself is patched (contrib/), there is no driver of ours to ask;
     # where a host has been switched to qcow2, its guests' XML says qcow2.
     made = disks(imgprealloc__existing_disks=existing_disks)
     image = made.spawn(small_base, units.Gi, image_type="raw")
     compute_host.write_qcow2_to(image.path, with_data=False)
-    if arriving_as is not None:
-        monkeypatch.setitem(record._told, (os.path.basename(os.path.dirname(image.path)), "disk"), arriving_as)
     inode, length = os.stat(image.path).st_ino, os.stat(image.path).st_size
+    told = {} if arriving_as is None else {image.path: arriving_as}
 
-    with contextlib.suppress(processutils.ProcessExecutionError):
+    with record.also_told(told), contextlib.suppress(processutils.ProcessExecutionError):
         made.cache(made.image_at(image.path, "qcow2"), small_base, size)
 
     found = os.stat(image.path)
