@@ -163,6 +163,9 @@ def reserve(path: str, name: str, start: int, length: int) -> None:
     if length <= AT_ONCE:
         native_thread.run(_reserve, name, start, length)
         return
+    if not os.access(name, os.W_OK):
+        # As the program would say, but by the kind that callers know.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     told = progress.allocated(name, length)
     command.run(path, "fallocate", "-n", "-o", str(start), "-l", str(length), name, work=length, told=told)
 

@@ -39,13 +39,13 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
 # The programs.
 
 
-def test_reserving_fills_holes_and_keeps_the_length(programs: Programs) -> None:
-    fallocate.reserve(DISK, NAME, 4096, units.Gi)
+def test_reserving_fills_holes_and_keeps_the_length(programs: Programs, file: pathlib.Path) -> None:
+    fallocate.reserve(DISK, str(file), 4096, units.Gi)
 
     [call] = programs.calls
     assert call.argv[0] == "fallocate"
     assert "-n" in call.argv
-    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", str(units.Gi), NAME)
+    assert (call.after("-o"), call.after("-l"), call.argv[-1]) == ("4096", str(units.Gi), str(file))
     # Nothing that would change what the file reads as.
     assert not {"-p", "-z", "-c", "-i", "-x", "-d"} & set(call.argv)
 
@@ -165,11 +165,21 @@ def test_very_many_gaps_are_taken_together() -> None:
     assert (gaps[0].start, gaps[-1].end) == (0, 4999 * 8192 + 4096)
 
 
-def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs) -> None:
+def test_file_that_we_may_not_write_is_told_of_before_a_program_would(programs: Programs, file: pathlib.Path) -> None:
+    with (
+        fixtures.MockPatchObject(os, "access", lambda name, mode: (name, mode) != (str(file), os.W_OK)),
+        pytest.raises(PermissionError) as caught,
+    ):
+        fallocate.reserve(DISK, str(file), 0, units.Gi)
+
+    assert (caught.value.filename, programs.calls) == (DISK, [])
+
+
+def test_reserving_on_a_full_filesystem_is_told_apart(programs: Programs, file: pathlib.Path) -> None:
     programs.ends("fallocate", 1, f"fallocate: fallocate failed: {ENOSPC}")
 
     with pytest.raises(exceptions.NoSpace, match=DISK):
-        fallocate.reserve(DISK, NAME, 0, units.Gi)
+        fallocate.reserve(DISK, str(file), 0, units.Gi)
 
 
 def test_unsharing_runs_in_a_process_of_its_own(programs: Programs) -> None:
