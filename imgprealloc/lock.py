@@ -124,9 +124,9 @@ def try_exclusive(fd: int) -> bool:
 
 
 def wait_exclusive(fd: int) -> bool:
-    """Take that lock, also where one that was killed still has it.
+    """Take that lock, also where one that was killed still has it; False if another has it for half a second.
 
-    It has it until also a process is gone that it was just starting.
+    One that was killed has it until also a process is gone that it was just starting.
     """
     for _ in range(_ATTEMPTS):
         if try_exclusive(fd):
