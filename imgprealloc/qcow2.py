@@ -141,15 +141,12 @@ class Qcow2(format.Format):
         if not over_zeros or size <= aligned:
             self._resize(file, image, size, preallocation)
         else:
-            # Made first: without it the disk would stay at the size in between.
             with replacement.zeros(file, size) as zeros:
-                if aligned > image.virtual_size:
-                    self._resize(file, image, aligned, preallocation)
-                    # Zeros over what was to be there by now would hide the base.
-                    _refuse_other_size(file, aligned)
+                self._show_last_cluster(file, image, zeros)
                 qemu_img.resize_over_zeros(
-                    file.path, file.program_name, size, zeros.program_name, promise.of_qemu, grown=size - aligned
-                )
+                    file.path, file.program_name, size, zeros.program_name, promise.of_qemu,
+                    grown=size - image.virtual_size,
+                )  # fmt: skip
         format.fill(file, os.fstat(file.fd).st_size - file_size, promise, start=file_size)
         format.write_out(file, promise, start=file_size)
         if image.state == "reserved" and promise.holds_space:
@@ -230,22 +227,32 @@ class Qcow2(format.Format):
 
     @staticmethod
     def _resize(file: DiskFile, image: DiskImage, size: int, preallocation: str) -> None:
+        name, over = Qcow2._over_backing(file, image)
         grown = size - image.virtual_size
+        qemu_img.resize(file.path, name, size, "qcow2", preallocation, grown=grown, **over)
+
+    @staticmethod
+    def _show_last_cluster(file: DiskFile, image: DiskImage, stand_in: DiskFile) -> None:
+        """Put into what stands in for a backing file what the disk reads as in a last cluster that it ends within."""
+        start = image.virtual_size - image.virtual_size % (image.cluster_size or 1)
+        if image.backing_file is not None and start < image.virtual_size:
+            name, over = Qcow2._over_backing(file, image)
+            qemu_img.copy_out(file.path, name, stand_in.program_name, start, image.virtual_size, **over)
+
+    @staticmethod
+    def _over_backing(file: DiskFile, image: DiskImage) -> tuple[str, dict[str, str]]:
+        """Return the name by which a program opens a disk, and its backing file as far as we name that."""
         if image.backing_file is None:
-            qemu_img.resize(file.path, file.program_name, size, "qcow2", preallocation, grown=grown)
-            return
+            return file.program_name, {}
         is_file = not backing.names_protocol(image.backing_file)
         if image.backing_format is None or not is_file:
             if is_file:
                 backing.look_at_chain(file, file.beside(image.backing_file), None)
             # QEMU alone knows what it is; the name that it finds it by is the disk's own.
-            qemu_img.resize(file.path, file.real_path, size, "qcow2", preallocation, grown=grown)
-            return
+            return file.real_path, {}
         backing.virtual_size(file, image.backing_file, image.backing_format)
-        qemu_img.resize(
-            file.path, file.program_name, size, "qcow2", preallocation,
-            backing_file=file.beside(image.backing_file), backing_format=image.backing_format, grown=grown,
-        )  # fmt: skip
+        over = {"backing_file": file.beside(image.backing_file), "backing_format": image.backing_format}
+        return file.program_name, over
 
     def _recreation(
         self, file: DiskFile, blank: Blank, stamp: FileStamp, promise: Promise, *, just_made: bool = False

@@ -187,6 +187,18 @@ def copy_tail(
     _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
 
 
+def copy_out(path: str, name: str, target: str, start: int, end: int, **backing: str) -> None:
+    """Copy what a part of a qcow2 disk reads as to the same place in a raw file that has nothing there.
+
+    :param start: in bytes, as is end
+    :param backing: as for copy_in()
+    """
+    image = _over(name, "qcow2", **backing) if backing else _alone(name, "qcow2")
+    source, goal = (_csv(_part(image, start, end - start)) for image in (image, _alone(target, "raw")))
+    opened = ["--image-opts", "--target-image-opts", source, goal]
+    _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
+
+
 def _convert(path: str, size: int, caches: Mapping[str, str], *argv: str) -> None:
     told = progress.printed(size)
     quiet = "-q" if told is None else "-p"
@@ -314,11 +326,12 @@ def resize_over_zeros(
 
     If that has size bytes, QEMU has a backing file to hide from the new part, and
     marks its subclusters allocated instead of only mapping them (qcow2.c,
-    subclusters_need_allocation). The old size must be a multiple of the cluster
-    size then: in a cluster that is there already, the zeros would come instead
-    of the true backing file's tail. If it is empty there is nothing to hide, and
-    what is new shows the true backing file; for an overlay that has just been
-    made. The header keeps the true backing file in either case.
+    subclusters_need_allocation). Where the old size is no multiple of the cluster
+    size, it has to have there what the disk has in its last cluster: QEMU copies
+    that, and zeros would come instead of the true backing file's. If it is empty
+    there is nothing to hide, and what is new shows the true backing file; for an
+    overlay that has just been made. The header keeps the true backing file in
+    either case.
 
     :param grown: bytes that it is longer by afterwards
     :param flush: whether each step has to be on stable storage before the

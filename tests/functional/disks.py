@@ -24,7 +24,7 @@ SIZE = 4 * MiB
 GROWN = 6 * MiB
 NEW_SIZE = 5 * MiB
 
-# No multiples of a cluster, so that a growth under zeros is one in two steps.
+# No multiples of a cluster, so that a growth under zeros finds a last cluster that shows the base in part.
 ODD_SIZE = 4 * MiB - 3 * 512
 ODD_GROWN = 6 * MiB + 5 * 512
 
@@ -124,7 +124,7 @@ class Disks:
         )  # fmt: skip
 
     def odd_growth(self) -> Verb:
-        """Return a growth in two steps, from an odd size to an odd size."""
+        """Return a growth from an odd size to an odd size."""
         return Verb(
             "grow_odd", "odd", "qcow2", ODD_GROWN, lambda by, path: by.resize(path, ODD_GROWN, format="qcow2"),
             ("resize",),

@@ -267,6 +267,7 @@ def require_grown_by_the_next_call(
         assert isinstance(failed, exceptions.NoSpace), failed
         disks.require_kept(verb, small.disk)
         found = size_of(small.disk)
+        assert found in (disks_module.ODD_SIZE, verb.size), f"it has {found} bytes, as nobody has asked for"
         assert str(found) in str(failed) or found == disks_module.ODD_SIZE, f"it has {found} bytes: {failed}"
         assert {left.name for left in small.place.iterdir()} == {"disk"}
         (small.mount_point / "filler").unlink()

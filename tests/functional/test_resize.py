@@ -238,6 +238,60 @@ def test_overlay_can_be_grown_in_a_mode_of_its_own_each_time(pair: MakePair) -> 
     assert not images.differences(disk, plain)
 
 
+def ending_pair(
+    folder: pathlib.Path, base_size: int, size: int, format: str, mode: Mode | None
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Make an overlay, one of stock Nova's where there is no mode, and a plain one, to which nobody has written."""
+    base = images.random_file(folder / "base", base_size)
+    if format == "qcow2":
+        base = images.qcow2_of(folder / "base.qcow2", base)
+    disk, plain = folder / "disk", images.qcow2(folder / "plain", size, backing=base, backing_format=format)
+    if mode is None:
+        images.qcow2(disk, size, backing=base, backing_format=format)
+    else:
+        Preallocator(mode).create(disk, size, str(base), backing_format=format)
+    return disk, plain
+
+
+# The last cluster, when a disk that hides its base in what is new ends within it.
+
+
+@pytest.mark.parametrize("mode", ["metadata", None], ids=["ours", "stock's"])
+@pytest.mark.parametrize("written", [0, 4096, 64 * KiB], ids=["nothing", "its first block", "half of it"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_last_cluster_keeps_the_base_that_shows_in_it_in_mode_metadata(
+    folder: pathlib.Path, base_size: int, old: int, new: int, format: str, written: int, mode: Mode | None
+) -> None:
+    disk, plain = ending_pair(folder, base_size, old, format, mode)
+    last = old // (128 * KiB) * 128 * KiB
+    for either in (disk, plain):
+        images.qemu_io(either, *([f"write -P 0x5a {last} {min(written, old - last)}"] if written else []))
+    grow_plainly(plain, new)
+
+    Preallocator("metadata").resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+    assert images.check(disk)["check-errors"] == 0
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+def test_last_cluster_keeps_the_base_that_shows_in_it_where_all_else_is_written(
+    folder: pathlib.Path, base_size: int, old: int, new: int, format: str, mode: Mode
+) -> None:
+    disk, plain = ending_pair(folder, base_size, old, format, mode)
+    for either in (disk, plain):
+        images.qemu_io(either, f"write -P 0x5a 0 {old // (128 * KiB) * 128 * KiB}")
+    grow_plainly(plain, new)
+
+    Preallocator(mode).resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+    assert images.check(disk)["check-errors"] == 0
+
+
 @pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
 def test_stock_overlay_reads_the_same_when_it_grew(folder: pathlib.Path, base_size: int, old: int, new: int) -> None:
     base = images.random_file(folder / "base", base_size)

@@ -198,6 +198,10 @@ def _unlimited(words: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[st
     return words[1:end], words[end:]
 
 
+# What is copied into a stand-in is this, whatever it is copied from.
+_COPIED = 0xFF
+
+
 def _is_over_zeros(argv: tuple[str, ...]) -> bool:
     """Whether an image is opened over a stand-in for its backing file, and that is not empty."""
     return "--image-opts" in argv and _stand_in_size(csv(argv[-2])) > 0
@@ -216,6 +220,14 @@ def _stand_in_size(image: Mapping[str, str]) -> int:
     """Return the length of the stand-in for an image's backing file; -1 where it is none."""
     backing_file = image.get("backing.file.filename", "")
     return os.path.getsize(backing_file) if os_errors.shown(backing_file).endswith(ZEROS) else -1
+
+
+def _shows_last_cluster(image: Mapping[str, str], disk: Disk) -> bool:
+    """Whether the stand-in for a backing file has what was copied from the disk's last cluster, and nothing else."""
+    length = disk.virtual_size % disk.cluster_size
+    with open(image["backing.file.filename"], "rb") as file:
+        content = file.read()
+    return content.strip(b"\0") == bytes([_COPIED]) * length and not any(content[disk.virtual_size :])
 
 
 def failure(call: Call, status: int, stderr: str) -> processutils.ProcessExecutionError:
@@ -455,7 +467,11 @@ class Host(Programs):
             if "backing.file.filename" in image:
                 self._assert_is_base(self._disks[_key(source)], source, image["backing.file.filename"])
         if "-n" in call.argv:
-            assert csv(target)["offset"] == csv(call.argv[-2])["offset"]
+            goal = csv(target)
+            assert goal["offset"] == csv(call.argv[-2])["offset"]
+            if os_errors.shown(name := goal["file.file.filename"]).endswith(ZEROS):
+                with open(name, "r+b") as file:
+                    os.pwrite(file.fileno(), bytes([_COPIED]) * int(goal["size"]), int(goal["offset"]))
             return ""
         disk = self._disks[_key(source)]
         self._new(
@@ -525,7 +541,7 @@ class Host(Programs):
         if image is not None and (hidden := _stand_in_size(image)) >= 0:
             assert hidden in (0, size)
             # Else the base's last bytes would read as zeros: data lost.
-            assert not hidden or disk.virtual_size % disk.cluster_size == 0
+            assert not hidden or not disk.backing_file or _shows_last_cluster(image, disk)
         else:
             if image is not None:
                 self._assert_is_base(disk, path, image["backing.file.filename"])
