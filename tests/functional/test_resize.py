@@ -255,11 +255,20 @@ def ending_pair(
 
 # The last cluster, when a disk that hides its base in what is new ends within it.
 
+SHOWN = {
+    name: GROWTHS[name]
+    for name in (
+        "base longer, inside a subcluster",
+        "base longer by less than a cluster",
+        "base ends in the disk's last cluster",
+    )
+}
+
 
 @pytest.mark.parametrize("mode", ["metadata", None], ids=["ours", "stock's"])
-@pytest.mark.parametrize("written", [0, 4096, 64 * KiB], ids=["nothing", "its first block", "half of it"])
+@pytest.mark.parametrize("written", [0, 32 * KiB], ids=["not written to", "written in part"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+@pytest.mark.parametrize(("base_size", "old", "new"), SHOWN.values(), ids=SHOWN)
 def test_last_cluster_keeps_the_base_that_shows_in_it_in_mode_metadata(
     folder: pathlib.Path, base_size: int, old: int, new: int, format: str, written: int, mode: Mode | None
 ) -> None:
@@ -277,7 +286,7 @@ def test_last_cluster_keeps_the_base_that_shows_in_it_in_mode_metadata(
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-@pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
+@pytest.mark.parametrize(("base_size", "old", "new"), SHOWN.values(), ids=SHOWN)
 def test_last_cluster_keeps_the_base_that_shows_in_it_where_all_else_is_written(
     folder: pathlib.Path, base_size: int, old: int, new: int, format: str, mode: Mode
 ) -> None:

@@ -164,12 +164,14 @@ def test_without_one_nova_s_own_places_are_looked_at(
 ) -> None:
     # The control.
     ours = write("nova.conf", OURS)
+    # Or that of a distribution's package would be read, in /etc/nova.
+    of_service = write("nova-compute.conf", OURS)
     write("stock.conf", STOCK)
 
     answer = look()
 
     assert (answer.status, answer.first) == (0, "Instances will be preallocated.")
-    assert answer.rows["configuration"] == (True, ours)
+    assert answer.rows["configuration"] == (True, f"{ours}, {of_service}")
     assert "no service of it is here" in answer.rows["nova-compute"][1]
 
 

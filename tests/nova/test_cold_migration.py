@@ -89,6 +89,8 @@ def _copied(node: Host, instance: compute_host.Instance) -> set[str]:
         ("xfs", "cp", "raw", "thin"),
     ],
     indirect=["room"],
+    # That of the room, which pytest before 9 does not find by itself.
+    scope="session",
 )
 def test_resize_heals_the_copies_and_grows_them_preallocated(
     host: Callable[..., Host], neighbour: str, transport: str, kind: str, state: str
