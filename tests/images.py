@@ -230,10 +230,15 @@ def guest(path: StrPath, *, format: str = "qcow2") -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="imgprealloc-guest-") as scratch:
         socket = os.path.join(scratch, "nbd")
         pid_file = os.path.join(scratch, "pid")
-        run(
+        command = [
             "qemu-nbd", "--fork", "--persistent", f"--pid-file={pid_file}", f"--socket={socket}",
-            f"--format={format}", "--cache=none", "--aio=native", path,
-        )  # fmt: skip
+            f"--format={format}", "--cache=none", "--aio=native", os.fspath(path),
+        ]  # fmt: skip
+        # Not to a pipe, which QEMU 5.2's keeps open, so that it would not come to its end.
+        with open(os.path.join(scratch, "said"), "w+b") as said:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, check=False)
+            said.seek(0)
+            assert done.returncode == 0, f"{command} ended with {done.returncode}: {os.fsdecode(said.read())}"
         pid = int(pathlib.Path(pid_file).read_text())
         try:
             yield f"nbd+unix:///?socket={socket}"
