@@ -76,7 +76,10 @@ def _accesses(trace: str, folder: str) -> Iterator[tuple[str, str]]:
         result = re.search(r"= \d+<(/[^>]*?)(?:>\(deleted\))?>$", line)
         held = re.match(r"\d+<(/[^>]*)>", rest)
         if call == "execve":
-            yield os.path.realpath(names[0]), "x"
+            program = os.path.realpath(names[0])
+            # The rules are for a host's own QEMU; the one under test may be elsewhere (tools/test-qemu).
+            name = os.path.basename(program)
+            yield f"/usr/bin/{name}" if name.startswith("qemu-") else program, "x"
         elif call == "fcntl":
             if held and re.search(r"F_OFD_SETLK|F_SETLEASE", rest):
                 yield held[1].replace(folder, _INSTANCE), "k"
