@@ -35,7 +35,7 @@ import imgprealloc.nova
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tell what the tests here may be marked with."""
-    config.addinivalue_line("markers", "as_root: gives up root itself")
+    config.addinivalue_line("markers", "as_root: gives up root itself, or wants to write where only root may")
     config.addinivalue_line(
         "markers", "as_user: has to do with files that are somebody else's, of whom root knows nothing"
     )
