@@ -35,6 +35,9 @@ import junit
 import rst
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_REPOSITORY / "tests" / "nova"))
+import release  # noqa: E402
+
 _PAGE = _REPOSITORY / "doc" / "source" / "distributions.rst"
 # But for how pip installs us, which is of another place, and for what mfusepy breaks, which Debian does not have.
 _LEFT_OUT = ("test_packaging.py", "test_failed_looks.py")
@@ -155,7 +158,8 @@ def _tests(arguments: Sequence[str]) -> dict[str, Any]:
         command = ["pytest-3", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         environment = {
             **os.environ,
-            "OS_NOVA_DISABLE_EVENTLET_PATCHING": "true",
+            # As its nova-compute runs; the last one where it can run in both.
+            "OS_NOVA_DISABLE_EVENTLET_PATCHING": release.THREADING[release.modes()[-1]],
             "PYTHONWARNINGS": "ignore",
             # For our plugin, which a pytest before 8.4 looks for before it has read pyproject.toml.
             "PYTHONPATH": str(_REPOSITORY / "tests"),
