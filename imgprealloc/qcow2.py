@@ -129,6 +129,7 @@ class Qcow2(format.Format):
         if promise.mode != "metadata":
             promise.require_space(file, size - image.virtual_size, file.fd)
         self._clear_end(file, image)
+        self._decompress_last_cluster(file, image)
         file_size = os.fstat(file.fd).st_size
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         # In mode metadata QEMU maps clusters that were freed before, and shows
@@ -234,10 +235,27 @@ class Qcow2(format.Format):
     @staticmethod
     def _show_last_cluster(file: DiskFile, image: DiskImage, stand_in: DiskFile) -> None:
         """Put into what stands in for a backing file what the disk reads as in a last cluster that it ends within."""
-        start = image.virtual_size - image.virtual_size % (image.cluster_size or 1)
+        start = _start_of_last_cluster(image)
         if image.backing_file is not None and start < image.virtual_size:
             name, over = Qcow2._over_backing(file, image)
             qemu_img.copy_out(file.path, name, stand_in.program_name, start, image.virtual_size, **over)
+
+    @staticmethod
+    def _decompress_last_cluster(file: DiskFile, image: DiskImage) -> None:
+        """Write a last cluster anew that may be compressed, where QEMU would lose it as it grows the disk.
+
+        QEMU gives a cluster that a disk ends within another place, and leaves
+        the marks of its subclusters as they are; a compressed cluster has none,
+        so that nothing of its data would count (qcow2-cluster.c,
+        qcow2_alloc_cluster_link_l2; 5.2 to 11.1).
+        """
+        start = _start_of_last_cluster(image)
+        if not image.extended_l2 or not image.compressed_clusters or start == image.virtual_size:
+            return
+        name, over = Qcow2._over_backing(file, image)
+        with replacement.zeros(file, image.virtual_size) as copy:
+            qemu_img.copy_out(file.path, name, copy.program_name, start, image.virtual_size, **over)
+            qemu_img.copy_back(file.path, copy.program_name, name, start, image.virtual_size, **over)
 
     @staticmethod
     def _over_backing(file: DiskFile, image: DiskImage) -> tuple[str, dict[str, str]]:
@@ -566,6 +584,11 @@ def _refuse_other_size(file: DiskFile, size: int) -> None:
         raise format.not_as_asked(file.path, "a disk in the format qcow2", "none") from exc
     if found != size:
         raise format.not_as_asked(file.path, f"a virtual_size of {size}", str(found))
+
+
+def _start_of_last_cluster(image: DiskImage) -> int:
+    """Return where the cluster begins that a disk ends within, in bytes; its end, if it ends with one."""
+    return image.virtual_size - image.virtual_size % (image.cluster_size or 1)
 
 
 def _round_up(size: int, multiple: int) -> int:

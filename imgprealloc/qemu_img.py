@@ -199,6 +199,18 @@ def copy_out(path: str, name: str, target: str, start: int, end: int, **backing:
     _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
 
 
+def copy_back(path: str, source: str, name: str, start: int, end: int, **backing: str) -> None:
+    """Write a part of a raw file to the same place in a qcow2 disk, as its guest would: zeros as data, with flushes.
+
+    :param start: in bytes, as is end
+    :param backing: as for copy_in(), of the disk
+    """
+    image = _over(name, "qcow2", **backing) if backing else _alone(name, "qcow2")
+    copy, goal = (_csv(_part(image, start, end - start)) for image in (_alone(source, "raw"), image))
+    opened = ["--image-opts", "--target-image-opts", copy, goal]
+    _convert(path, end - start, {}, "-n", "-S", "0", "-t", "writeback", *opened)
+
+
 def _convert(path: str, size: int, caches: Mapping[str, str], *argv: str) -> None:
     told = progress.printed(size)
     quiet = "-q" if told is None else "-p"

@@ -301,6 +301,42 @@ def test_last_cluster_keeps_the_base_that_shows_in_it_where_all_else_is_written(
     assert images.check(disk)["check-errors"] == 0
 
 
+def ending_in_compressed(path: pathlib.Path, base: pathlib.Path | None) -> pathlib.Path:
+    """Make a disk with subclusters that ends within a cluster, which is compressed."""
+    size, last = 1 * MiB - 512, 1 * MiB - 128 * KiB
+    disk = images.qcow2(path, size, backing=base, extended_l2="on", cluster_size=128 * KiB)
+    images.qemu_io(disk, f"write -c -P 0x5a {last} {size - last}")
+    return disk
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_qemu_alone_loses_a_compressed_last_cluster_as_it_grows_a_disk(folder: pathlib.Path, mode: Mode) -> None:
+    disk, plain = (ending_in_compressed(folder / name, None) for name in ("disk", "plain"))
+    grow_plainly(plain, 2 * MiB)
+
+    images.run("qemu-img", "resize", "-q", "-f", "qcow2", f"--preallocation={mode}", disk, 2 * MiB)
+
+    assert images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1 * MiB, 2 * MiB], ids=["within its last cluster", "beyond it"])
+@pytest.mark.parametrize("base_size", [None, 512 * KiB, 2 * MiB], ids=["no base", "shorter base", "longer base"])
+def test_compressed_last_cluster_is_kept_as_a_disk_grows(
+    folder: pathlib.Path, base_size: int | None, size: int, mode: Mode
+) -> None:
+    base = None if base_size is None else images.random_file(folder / "base", base_size)
+    disk, plain = (ending_in_compressed(folder / name, base) for name in ("disk", "plain"))
+    grow_plainly(plain, size)
+    others = sorted(folder.iterdir())
+
+    Preallocator(mode).resize(disk, size, format="qcow2")
+
+    assert not images.differences(disk, plain)
+    assert images.check(disk)["check-errors"] == 0
+    assert sorted(folder.iterdir()) == others
+
+
 @pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
 def test_stock_overlay_reads_the_same_when_it_grew(folder: pathlib.Path, base_size: int, old: int, new: int) -> None:
     base = images.random_file(folder / "base", base_size)

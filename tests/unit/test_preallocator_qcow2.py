@@ -667,6 +667,43 @@ def test_overlay_that_ends_within_a_cluster_grows_in_one_step_over_what_that_clu
     assert (grown.argv[-1], grown.is_over_zeros) == (str(2 * SIZE), True)
 
 
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_last_cluster_that_may_be_compressed_is_written_anew_before_a_growth(host: Host, mode: Mode) -> None:
+    # QEMU would move it, and leave the marks of its subclusters as they are: none.
+    path = subclustered(host, SIZE - CLUSTER + 512, compressed=1, allocated=False)
+
+    in_format.qcow2(mode).resize(path, 2 * SIZE)
+
+    copied, written = host.run("convert")[:2]
+    assert [csv(image)["size"] for image in copied.argv[-2:] + written.argv[-2:]] == ["512"] * 4
+    assert csv(written.argv[-1])["file.driver"] == "qcow2"
+    assert written.after("-t") == "writeback"
+    assert host.changes.index("convert") < host.changes.index("resize")
+    assert host.files == ["base", "disk"]
+
+
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(SIZE, {"compressed": 1}), (SIZE - 512, {}), (SIZE - 512, {"compressed": 1, "extended_l2": False})],
+    ids=["it ends with its last cluster", "nothing is compressed", "it has no subclusters"],
+)
+def test_last_cluster_that_qemu_does_not_lose_is_not_written_anew(host: Host, size: int, more: dict[str, Any]) -> None:
+    in_format.qcow2("metadata").resize(subclustered(host, size, **{"allocated": False, **more}), 2 * SIZE)
+
+    assert [call for call in host.run("convert") if csv(call.argv[-1])["file.driver"] == "qcow2"] == []
+
+
+def test_growth_whose_last_cluster_cannot_be_written_anew_leaves_the_disk_as_it_was(host: Host) -> None:
+    path = subclustered(host, SIZE - CLUSTER + 512, compressed=1, allocated=False)
+    host.ends("convert", 1, f"qemu-img: {ENOSPC}")
+
+    with pytest.raises(exceptions.NoSpace):
+        in_format.qcow2().resize(path, 2 * SIZE)
+
+    assert host.files == ["base", "disk"]
+    assert host.run("resize") == []
+
+
 @pytest.mark.parametrize("size", [SIZE - CLUSTER + 1024, SIZE])
 def test_overlay_that_grows_within_its_last_cluster_needs_no_zeros(host: Host, size: int) -> None:
     in_format.qcow2().resize(subclustered(host, SIZE - CLUSTER + 512), size)
