@@ -133,13 +133,14 @@ class Qcow2(format.Format):
         file_size = os.fstat(file.fd).st_size
         aligned = _round_up(image.virtual_size, image.cluster_size or 1)
         # In mode metadata QEMU maps clusters that were freed before, and shows
-        # the guest what was in them, unless it has to hide a backing file.
+        # the guest what was in them, and what a shrink has left in the last
+        # cluster, unless it has to hide a backing file.
         preallocation = "off" if promise.mode == "metadata" else promise.of_qemu
         if promise.mode == "metadata":
             over_zeros = qcow2_header.can_zero_clusters(file.fd)
         else:
-            over_zeros = self._has_allocated_subclusters(file, image)
-        if not over_zeros or size <= aligned:
+            over_zeros = size > aligned and self._has_allocated_subclusters(file, image)
+        if not over_zeros:
             self._resize(file, image, size, preallocation)
         else:
             with replacement.zeros(file, size) as zeros:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import os
 import pathlib
 import struct
+from typing import Any
 
 import images
 import pytest
@@ -296,6 +297,41 @@ def test_last_cluster_keeps_the_base_that_shows_in_it_where_all_else_is_written(
     grow_plainly(plain, new)
 
     Preallocator(mode).resize(disk, new, format="qcow2")
+
+    assert not images.differences(disk, plain)
+    assert images.check(disk)["check-errors"] == 0
+
+
+def shrunk(path: pathlib.Path, **options: Any) -> pathlib.Path:
+    """Make a disk that was longer, and keeps in its last cluster what was written there beyond its end."""
+    disk = images.qcow2(path, 1 * MiB + 60 * KiB, **options)
+    images.qemu_io(disk, f"write -P 0x5a {1 * MiB} {60 * KiB}")
+    images.run("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", disk, 1 * MiB + 512)
+    return disk
+
+
+@pytest.mark.parametrize("size", [1 * MiB + 4 * KiB, 2 * MiB], ids=["within its last cluster", "beyond it"])
+def test_qemu_alone_shows_what_a_shrink_has_left(folder: pathlib.Path, size: int) -> None:
+    disk, plain = shrunk(folder / "disk"), images.qcow2(folder / "plain", size)
+    images.qemu_io(plain, f"write -P 0x5a {1 * MiB} 512")
+
+    grow_plainly(disk, size)
+
+    assert images.differences(disk, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1 * MiB + 4 * KiB, 2 * MiB], ids=["within its last cluster", "beyond it"])
+@pytest.mark.parametrize(
+    "options", [{}, {"extended_l2": "on", "cluster_size": 128 * KiB}], ids=["plain", "subclusters"]
+)
+def test_what_a_shrink_has_left_does_not_come_back_as_a_disk_grows(
+    folder: pathlib.Path, options: dict[str, Any], size: int, mode: Mode
+) -> None:
+    disk, plain = shrunk(folder / "disk", **options), images.qcow2(folder / "plain", size)
+    images.qemu_io(plain, f"write -P 0x5a {1 * MiB} 512")
+
+    Preallocator(mode).resize(disk, size, format="qcow2")
 
     assert not images.differences(disk, plain)
     assert images.check(disk)["check-errors"] == 0
