@@ -37,6 +37,9 @@ _NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _PAUSE = 0.1
 
+# Seconds in which QEMU comes from a file's opening to its locks, on a busy machine too.
+_COMING_TO_LOCKS = 5
+
 # Half a second, for a busy machine.
 _ATTEMPTS = 10
 _BETWEEN_ATTEMPTS = 0.05
@@ -98,6 +101,19 @@ def no_writer(path: str, fd: int) -> Iterator[None]:
     finally:
         for byte in (_NO_WRITER, _NO_RESIZER):
             _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
+
+def outlast_openers(fd: int) -> None:
+    """Wait while somebody else still has a file open that has just lost its name, as far as the kernel can tell.
+
+    To be called within no_writer(), which such a QEMU then runs into: it may have
+    opened the file before, and not have come to its locks. A guest that ran on
+    it would lose all that it writes. Whoever has not come to them in some seconds
+    only reads.
+    """
+    deadline = time.monotonic() + _COMING_TO_LOCKS
+    while _is_open_elsewhere(fd) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
 
 
 def _refuse_qemu(path: str, fd: int) -> None:

@@ -134,6 +134,7 @@ def replacing(
         _take_mark_off(file, stat.S_IMODE(os.fstat(disk.fd).st_mode))
         if durably:
             _sync_folder(disk)
+            lock.outlast_openers(disk.fd)
 
 
 @contextlib.contextmanager

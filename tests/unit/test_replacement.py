@@ -9,6 +9,8 @@ import fcntl
 import os
 import pathlib
 import stat
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -355,6 +357,50 @@ def test_qemu_cannot_start_to_write_a_disk_that_is_being_replaced(disk: pathlib.
         with disk.open("rb") as file:
             assert hosts.standing_lock(file.fileno(), hosts.NO_WRITER) != fcntl.F_UNLCK
         os.pwrite(new.fd, b"new", 0)
+
+
+def test_qemu_that_has_opened_the_disk_just_before_is_kept_from_what_has_no_name_any_more(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    qemu: list[threading.Thread] = []
+    locks_are_taken: list[bool] = []
+
+    def come_to_locks(fd: int) -> None:
+        time.sleep(0.5)
+        locks_are_taken.append(lock._is_locked(fd, lock._NO_WRITER, lock._NO_RESIZER))
+        os.close(fd)
+
+    def rename(*files: Any) -> None:
+        qemu.append(threading.Thread(target=come_to_locks, args=(os.open(disk, os.O_RDWR),)))
+        qemu[0].start()
+        rename_over(*files)
+
+    rename_over = replacement._rename_over
+    with fixtures.MockPatchObject(replacement, "_rename_over", rename):
+        replace(disk)
+
+    qemu[0].join()
+    assert locks_are_taken == [True]
+    assert disk.read_bytes() == b"new"
+
+
+def test_reader_that_has_the_old_disk_open_is_not_waited_for_for_ever(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    readers: list[int] = []
+
+    def rename(*files: Any) -> None:
+        readers.append(os.open(disk, os.O_RDONLY))
+        rename_over(*files)
+
+    rename_over = replacement._rename_over
+    with (
+        fixtures.MockPatchObject(replacement, "_rename_over", rename),
+        fixtures.MockPatchObject(lock, "_COMING_TO_LOCKS", 0.2),
+    ):
+        replace(disk)
+
+    assert os.pread(readers[0], 3, 0) == b"old"
+    os.close(readers[0])
+    assert disk.read_bytes() == b"new"
 
 
 def test_symbolic_link_is_refused(disk: pathlib.Path) -> None:
