@@ -26,6 +26,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 from oslo_utils import fileutils
 from oslo_utils import strutils
+from oslo_utils import units
 
 from imgprealloc import exceptions
 from imgprealloc import healing
@@ -392,7 +393,7 @@ def _heal(
                     "not on record", path, f"not rewritten: it may not be {format}, by Nova's records (disk.info)"
                 )
             existing = "reserve"
-            greatest = stock_length
+            greatest = _greatest_size(instance, path) if stock_length is None else stock_length
     healing.heal(
         _preallocator_for_existing(instance),
         path,
@@ -404,6 +405,24 @@ def _heal(
         filler=fill_as_root,
         known=known,
     )
+
+
+def _greatest_size(instance: Any, path: str) -> int:
+    """Return the bytes that a disk can have been made with; where the flavor does not tell, those that its file has."""
+    flavor = getattr(instance, "flavor", None)
+    name = os.path.basename(path)
+    if name == "disk":
+        size = getattr(flavor, "root_gb", 0) * units.Gi
+    elif name == "disk.swap":
+        size = getattr(flavor, "swap", 0) * units.Mi
+    else:
+        size = getattr(flavor, "ephemeral_gb", 0) * units.Gi
+    try:
+        # As large as its image, with root_gb = 0.
+        return size or os.stat(path).st_size
+    except OSError:
+        # Whoever looks at it next will tell.
+        return 0
 
 
 if TYPE_CHECKING:

@@ -383,9 +383,9 @@ def write(path: str, format: str, offset: str = "70M") -> None:
     images.qemu_io(path, f"write -P 7 {offset} 1M", format=format)
 
 
-def write_qcow2_to(path: str, *, with_data: bool) -> None:
+def write_qcow2_to(path: str, *, with_data: bool, size: int = 64 * units.Mi) -> None:
     """Write a qcow2 file to a raw disk, from its first byte on, as a guest may do."""
-    source = images.qcow2(f"{path}.source", 64 * units.Mi)
+    source = images.qcow2(f"{path}.source", size)
     if with_data:
         images.qemu_io(source, "write -P 7 1M 1M")
     images.run("dd", f"if={source}", f"of={path}", "conv=notrunc", "status=none")

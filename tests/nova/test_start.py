@@ -121,6 +121,26 @@ def test_raw_disk_of_a_host_that_is_switched_to_qcow2_is_not_rewritten(
     assert images.reads_like(path, "raw", kept["disk.eph0"])
 
 
+@pytest.mark.parametrize("root_gb", [1, 0])
+@pytest.mark.parametrize("name", list(DISKS))
+def test_header_in_a_raw_disk_has_no_more_set_aside_than_the_disk_was_made_with(
+    host: Callable[..., Host], name: str, root_gb: int
+) -> None:
+    node = host(libvirt__images_type="raw")
+    instance = node.spawn(node.instance(compute_host.flavor(root_gb)))
+    path = node.disk(instance, name)
+    compute_host.write_qcow2_to(path, with_data=False, size=20 * units.Gi)
+    nova_disks.CONF.set_override("images_type", "qcow2", group="libvirt")
+    nova_disks.CONF.set_override("use_cow_images", True)
+    before = os.stat(path).st_blocks
+
+    # The other disks are no qcow2, by stock Nova either.
+    with contextlib.suppress(Exception):
+        node.start(instance)
+
+    assert os.stat(path).st_blocks == before
+
+
 def test_disk_without_a_backing_file_is_started_on_a_full_host_as_by_stock_nova(
     host: Callable[..., Host], caplog: pytest.LogCaptureFixture
 ) -> None:
