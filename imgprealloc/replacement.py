@@ -83,7 +83,7 @@ def new(place: Place, judge: Callable[[NewFile], object]) -> Iterator[NewFile]:
         yield file
         _settle(file, judge)
         mode = 0o644 & ~_umask()
-        os.fchmod(file.fd, mode | _MARK)
+        _set_mode(file.fd, mode)
         _publish(place, file)
         _take_mark_off(file, mode)
         _sync_folder(place)
@@ -332,13 +332,24 @@ def _copy_attributes(source: int, target: int) -> None:
         # From a default ACL of the folder: others could read the new disk, and
         # the mode would set the ACL's mask.
         os.removexattr(target, _ACL)
-    os.fchmod(target, stat.S_IMODE(status.st_mode) | _MARK)
+    _set_mode(target, stat.S_IMODE(status.st_mode))
     present = _attributes(target)
     for name, value in attributes.items():
         # SELinux and the like label a new file by themselves, mostly rightly,
         # and may not let us do it.
         if present.get(name) != value:
             os.setxattr(target, name, value)
+
+
+def _set_mode(fd: int, mode: int) -> None:
+    """Give a new file a mode and leave our mark on it, where it can have one."""
+    try:
+        os.fchmod(fd, mode | _MARK)
+    except OSError:
+        # Root alone may set the mark in some systems (FreeBSD's, behind NFS), and some
+        # filesystems give all files one mode.
+        if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
 
 
 def _attributes(fd: int) -> dict[str, bytes]:

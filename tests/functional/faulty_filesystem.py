@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -308,6 +309,8 @@ def _main(below: str, mount_point: str, control: str) -> None:
 
         def chmod(self, path: str | None, mode: int) -> int:
             fault("chmod", path)
+            if mode & stat.S_ISVTX:
+                fault("chmod +t", path)
             os.chmod(at(str(path)), mode)
             return 0
 

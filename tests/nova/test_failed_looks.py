@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 from typing import Any
 
@@ -23,6 +24,8 @@ from functional.faulty_filesystem import FaultyFilesystem
 import nova_disks
 from oslo_utils import units
 import pytest
+
+import imgprealloc
 
 SIZE = 6 * units.Mi
 
@@ -182,6 +185,20 @@ def test_build_works_without_attributes_and_links(ground: Ground, kind: str, tin
     assert failed is None, failed
     with open(tiny_base, "rb") as file:
         assert ground.content() == file.read()
+
+
+@KINDS
+def test_build_works_where_only_root_may_set_the_sticky_bit_of_a_file(
+    ground: Ground, kind: str, tiny_base: str
+) -> None:
+    # What FreeBSD's EFTYPE becomes on its way through NFS.
+    ground.faulty.prepare(["chmod +t"], "EIO", None)
+
+    failed = ground.cache()
+
+    assert failed is None, failed
+    assert stat.S_IMODE(ground.disk.stat().st_mode) == 0o644
+    assert imgprealloc.Preallocator().inspect(ground.disk, format=kind).state == "preallocated"
 
 
 @KINDS
