@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from oslo_utils import fileutils
 from oslo_utils import strutils
 from oslo_utils import units
 
+from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import healing
 from imgprealloc import instances
@@ -678,8 +678,8 @@ class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
         """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.
 
         Nova's own looks once more whether there is one, and takes a look that
-        fails for proof that there is none. So Nova's own code makes a
-        spare overlay.
+        fails for proof that there is none. So it is shown an empty file, which
+        is there for sure, and takes no space that there may not be.
         """
         if not (self._is_ours and self._existed):
             super().create_image(prepare_template, base, size, *args, **kwargs)
@@ -692,10 +692,10 @@ class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
             super().create_image(prepare_template, base, size, *args, **kwargs)
             return
         path: str = self.path
-        # Elsewhere, because the disk's filesystem may be full.
-        with tempfile.TemporaryDirectory(prefix="imgprealloc-") as scratch:
-            self.path = os.path.join(scratch, os.path.basename(path))
-            try:
-                super().create_image(prepare_template, base, size, *args, **kwargs)
-            finally:
-                self.path = path
+        empty = os.memfd_create("imgprealloc", os.MFD_CLOEXEC)
+        self.path = disk_file.name_for_programs(empty)
+        try:
+            super().create_image(prepare_template, base, size, *args, **kwargs)
+        finally:
+            self.path = path
+            os.close(empty)

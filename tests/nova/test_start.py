@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import os
+import tempfile
 from typing import Any
 from unittest import mock
 
@@ -119,6 +120,29 @@ def test_raw_disk_of_a_host_that_is_switched_to_qcow2_is_not_rewritten(
         node.start(instance)
 
     assert images.reads_like(path, "raw", kept["disk.eph0"])
+
+
+@KINDS
+def test_base_image_that_is_gone_is_fetched_at_a_start_also_where_no_temporary_file_can_be_made(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = host(libvirt__images_type=kind)
+    instance = node.spawn(node.instance())
+    kept, before = node.keep(instance), node.inodes(instance)
+    bases = os.path.join(node.path, "_base")
+    names = sorted(os.listdir(bases))
+    for name in names:
+        # Those that Nova makes itself would not be the same again, by stock Nova either.
+        if not name.startswith(("ephemeral", "swap")):
+            os.unlink(os.path.join(bases, name))
+    monkeypatch.setattr(tempfile, "tempdir", os.path.join(node.path, "full"))
+
+    node.start(instance)
+
+    if kind == "qcow2":
+        assert sorted(os.listdir(bases)) == names
+    assert node.inodes(instance) == before
+    assert node.changed(instance, kept) == []
 
 
 @pytest.mark.parametrize("root_gb", [1, 0])
