@@ -200,7 +200,9 @@ def copy_out(path: str, name: str, target: str, start: int, end: int, **backing:
 
 
 def copy_back(path: str, source: str, name: str, start: int, end: int, **backing: str) -> None:
-    """Write a part of a raw file to the same place in a qcow2 disk, as its guest would: zeros as data, with flushes.
+    """Write a part of a raw file to the same place in a qcow2 disk, as its guest would: zeros too, and flushed.
+
+    With each write, because qemu-img does not tell of what fails as it closes the disk.
 
     :param start: in bytes, as is end
     :param backing: as for copy_in(), of the disk
@@ -208,7 +210,7 @@ def copy_back(path: str, source: str, name: str, start: int, end: int, **backing
     image = _over(name, "qcow2", **backing) if backing else _alone(name, "qcow2")
     copy, goal = (_csv(_part(image, start, end - start)) for image in (_alone(source, "raw"), image))
     opened = ["--image-opts", "--target-image-opts", copy, goal]
-    _convert(path, end - start, {}, "-n", "-S", "0", "-t", "writeback", *opened)
+    _convert(path, end - start, {}, "-n", "-S", "0", "-t", "writethrough", *opened)
 
 
 def _convert(path: str, size: int, caches: Mapping[str, str], *argv: str) -> None:

@@ -677,7 +677,7 @@ def test_last_cluster_that_may_be_compressed_is_written_anew_before_a_growth(hos
     copied, written = host.run("convert")[:2]
     assert [csv(image)["size"] for image in copied.argv[-2:] + written.argv[-2:]] == ["512"] * 4
     assert csv(written.argv[-1])["file.driver"] == "qcow2"
-    assert written.after("-t") == "writeback"
+    assert written.after("-t") == "writethrough"
     assert host.changes.index("convert") < host.changes.index("resize")
     assert host.files == ["base", "disk"]
 
