@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A qcow2 file's cluster map, read without qemu-img: only whether each cluster has a place that is its own.
+"""A qcow2 file's cluster map, read without qemu-img: whether each cluster has a place that is its own.
+
+And how many have one after the disk's end, which qemu-img check does not tell.
 
 What it says yes to is fully mapped. What it says no to may be that too, or
 damaged, or anything: qemu-img check tells. It looks for no faults, and is as
@@ -28,6 +30,7 @@ from imgprealloc import qcow2_header
 _COPIED = b"\x80"
 _ENTRY = 8
 _ENTRY_WITH_SUBCLUSTERS = 16
+_OFFSET = 0x00FFFFFFFFFFFE00
 
 # 2 TiB have as much, in clusters of 128 KiB with subclusters or of 64 KiB without.
 _MOST_TABLES = 256 * units.Mi
@@ -97,6 +100,40 @@ def _mapped(fd: int) -> Optional[Mapped]:
     if end > status.st_size:
         return None
     return Mapped(size, cluster_size, clusters, header.extended_l2, end)
+
+
+def beyond_end(fd: int, header: qcow2_header.Header, virtual_size: int) -> int:
+    """Count the clusters that a map has after the disk's end, as a growth leaves them that is killed.
+
+    :param fd: of an image that QEMU has opened
+    :param virtual_size: in bytes, as QEMU has it
+    """
+    return native_thread.run(_beyond_end, fd, header, virtual_size)
+
+
+def _beyond_end(fd: int, header: qcow2_header.Header, virtual_size: int) -> int:
+    cluster_size = header.cluster_size
+    entry = _ENTRY_WITH_SUBCLUSTERS if header.extended_l2 else _ENTRY
+    table, first = divmod(-(-virtual_size // cluster_size), cluster_size // entry)
+    tables = min(header.l1_entries - table, _MOST_TABLES // cluster_size)
+    if tables <= 0:
+        return 0
+    found = 0
+    for offset in _numbers(os.pread(fd, tables * _ENTRY, header.l1_offset + table * _ENTRY), _ENTRY):
+        if offset & _OFFSET:
+            start = first * entry
+            entries = os.pread(fd, cluster_size - start, (offset & _OFFSET) + start)
+            found += sum(1 for number in _numbers(entries, entry) if number & _OFFSET)
+        first = 0
+    return found
+
+
+def _numbers(entries: bytes, entry: int) -> array.array[int]:
+    """Return the first number of each entry."""
+    numbers = array.array("Q", entries[: len(entries) // entry * entry])[:: entry // _ENTRY]
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
 
 
 def _ascend(offsets: array.array[int]) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any
 
+from imgprealloc import cluster_map
 from imgprealloc import exceptions
 from imgprealloc import fallocate
 from imgprealloc import filesystem
@@ -68,12 +69,13 @@ def qcow2(file: DiskFile) -> DiskImage:
     clusters = qemu_img.number(path, check, "total-clusters") if virtual_size else 0
     # Absent where it is 0. A compressed cluster is moved when it is written.
     compressed = qemu_img.count(path, check, "compressed-clusters")
-    mapped = qemu_img.count(path, check, "allocated-clusters") - compressed
+    beyond = cluster_map.beyond_end(file.fd, header, virtual_size)
+    mapped = max(0, qemu_img.count(path, check, "allocated-clusters") - compressed - beyond)
     image_end = qemu_img.number(path, check, "image-end-offset")
     # A cluster that belongs to a snapshot too is copied when it is written.
     growing = clusters if header.snapshots else clusters - mapped
     leaked = qemu_img.count(path, check, "leaks")
-    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, mapped + compressed + leaked))
+    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, mapped + compressed + leaked + beyond))
     return _image(
         file,
         status,

@@ -337,6 +337,38 @@ def test_what_a_shrink_has_left_does_not_come_back_as_a_disk_grows(
     assert images.check(disk)["check-errors"] == 0
 
 
+def cut_short(disk: pathlib.Path, size: int) -> None:
+    """Take the last step of a growth back, as a kill just before it does: the new size in the header."""
+    with open(disk, "r+b") as file:
+        file.seek(24)
+        file.write(struct.pack(">Q", size))
+
+
+@pytest.mark.parametrize("size", [64 * MiB, 64 * MiB - 512], ids=["aligned", "inside a cluster"])
+@pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "stock's"])
+def test_what_a_killed_growth_has_mapped_beyond_the_end_is_not_taken_for_the_disk_s(
+    folder: pathlib.Path, is_ours: bool, size: int
+) -> None:
+    base = images.random_file(folder / "base", 8 * MiB)
+    disk = folder / "disk"
+    if is_ours:
+        Preallocator(overlay_cluster_size=16 * KiB).create(disk, size, str(base), backing_format="raw")
+    else:
+        images.qcow2(disk, size, backing=base, cluster_size=16 * KiB)
+    before = Preallocator().inspect(disk, format="qcow2")
+    # Far enough for tables of its own: one is for 16 or 32 MiB.
+    Preallocator().resize(disk, 112 * MiB, format="qcow2")
+    cut_short(disk, size)
+
+    after = Preallocator().inspect(disk, format="qcow2")
+
+    assert (after.state, after.clusters) == (before.state, before.clusters)
+    # QEMU has given the last one a place, where it ends within it.
+    assert (after.mapped_clusters or 0) - (before.mapped_clusters or 0) == (not is_ours and size % MiB > 0)
+    grown = Preallocator().resize(disk, 112 * MiB, format="qcow2")
+    assert (grown.state == "preallocated", grown.virtual_size) == (is_ours, 112 * MiB)
+
+
 def ending_in_compressed(path: pathlib.Path, base: pathlib.Path | None) -> pathlib.Path:
     """Make a disk with subclusters that ends within a cluster, which is compressed."""
     size, last = 1 * MiB - 512, 1 * MiB - 128 * KiB
