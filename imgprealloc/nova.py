@@ -122,6 +122,12 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def init_host(self, host: str) -> None:
         """Begin to look after the disks of the guests that run, as a service starts."""
         super().init_host(host)
+        try:
+            self._go_round(host)
+        except Exception:
+            LOG.exception("What running guests give back is not set aside again until this service is started anew")
+
+    def _go_round(self, host: str) -> None:
         if is_on() and opts.refills(CONF) and self._rounds is None:
             self._rounds = rounds.Rounds(
                 BACKGROUND,
@@ -189,6 +195,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 raise
             except exceptions.PreallocationError as exc:
                 log.warn_once("not preallocated", path, f"not preallocated: {exc}")
+            except Exception:
+                LOG.exception("%s: not preallocated", path)
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Write no zeros to what Nova makes here; the disks arrive afterwards."""
@@ -567,6 +575,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
             if isinstance(exc, exceptions.NoSpace) and healing.would_lack_space_in_stock_nova(self.path, size):
                 raise
             log.warn_once("growth", self.path, f"grown without preallocation: {exc}")
+        except Exception:
+            LOG.exception("%s: grown without preallocation", self.path)
 
     def _can_fallocate(self) -> bool:
         """Keep Nova's cache() from its own fallocate."""
@@ -622,7 +632,9 @@ class _Preallocating(_Image):  # type: ignore[misc]
             return not plan.refused and plan.state in healing.HELD
         except exceptions.PreallocationError as exc:
             LOG.debug("%s: taken for thin: %s", self.path, exc)
-            return False
+        except Exception:
+            LOG.exception("%s: taken for thin", self.path)
+        return False
 
 
 class Flat(_Preallocating, imagebackend.Flat):  # type: ignore[misc]

@@ -23,6 +23,8 @@ import nova_disks
 from oslo_utils import units
 import pytest
 
+import imgprealloc
+
 # Where a copy costs nothing.
 CLONES = pytest.mark.parametrize("room", ["xfs"], indirect=True)
 
@@ -239,3 +241,18 @@ def test_conversion_makes_no_false_alarm(
     node.finish_migration(instance, disk_info)
 
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_fault_of_ours_keeps_no_disk_from_growing(
+    host: Callable[..., Host], neighbour: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = host(libvirt__images_type="qcow2")
+    instance = node.spawn(node.instance())
+    disk_info = _migrate(node, instance, "cp", neighbour, compute_host.flavor(root_gb=2))
+
+    fault = mock.Mock(side_effect=RuntimeError("can't start new thread"))
+    monkeypatch.setattr(imgprealloc.Preallocator, "resize", fault)
+    node.finish_migration(instance, disk_info)
+
+    assert "can't start new thread" in caplog.text
+    assert node.inspect(instance).virtual_size == 2 * units.Gi

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from typing import Any
+from unittest import mock
 
 import compute_host
 from compute_host import DISKS
@@ -63,6 +64,20 @@ def test_targets_without_a_backing_file_are_preallocated_too(host: Callable[...,
     node.expect(instance, flat)
 
     assert {name: _inspect(node, instance, name, "qcow2").state for name in DISKS} == all_disks("preallocated")
+
+
+def test_fault_of_ours_keeps_no_target_without_a_backing_file_from_being_made(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    instance, disk_info = _source(host, libvirt__images_type="raw")
+    node = host(libvirt__images_type="raw")
+
+    fault = mock.Mock(side_effect=RuntimeError("can't start new thread"))
+    monkeypatch.setattr(imgprealloc.Preallocator, "preallocate", fault)
+    node.expect(instance, disk_info)
+
+    assert "can't start new thread" in caplog.text
+    assert {name: _inspect(node, instance, name, "raw").state for name in DISKS} == all_disks("thin")
 
 
 @KINDS

@@ -24,6 +24,7 @@ from nova.compute import task_states
 from nova.compute import utils as compute_utils
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import guest as libvirt_guest
+import nova_disks
 from oslo_utils import units
 import pytest
 
@@ -265,6 +266,22 @@ def test_service_that_is_started_again_has_one_thread(node: Callable[..., Node])
 
     here.host.driver.init_host(HOST)
 
+    assert len(_threads()) == before + 1
+
+
+def test_service_starts_also_where_there_is_no_thread_to_be_had(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = node("raw", imgprealloc__heal_interval=0)
+    nova_disks.CONF.set_override("heal_interval", 600, group="imgprealloc")
+    before = len(_threads())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        here.host.driver.init_host(HOST)
+
+    assert "can't start new thread" in caplog.text
+    here.host.driver.init_host(HOST)
     assert len(_threads()) == before + 1
 
 

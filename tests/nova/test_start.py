@@ -254,6 +254,22 @@ def test_fault_of_ours_keeps_no_guest_from_starting(
 
 
 @KINDS
+def test_fault_of_ours_keeps_no_guest_from_being_described(
+    host: Callable[..., Host], kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = host(libvirt__images_type=kind, libvirt__hw_disk_discard="unmap")
+    instance = node.spawn(node.instance())
+    for name in DISKS:
+        compute_host.lose_space(node.disk(instance, name))
+
+    monkeypatch.setattr(imgprealloc.Preallocator, "plan", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    node.start(instance)
+
+    assert "can't start new thread" in caplog.text
+    assert {disk.driver_discard for disk in node.described(instance)} == {"unmap"}
+
+
+@KINDS
 def test_disk_that_is_not_ours_to_write_is_told_and_started(
     host: Callable[..., Host], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
