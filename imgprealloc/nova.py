@@ -690,24 +690,24 @@ class Qcow2(_Preallocating, imagebackend.Qcow2):  # type: ignore[misc]
         """Let Nova fetch and check a base image; where there is a disk already, none is made in its place.
 
         Nova's own looks once more whether there is one, and takes a look that
-        fails for proof that there is none. So it is shown an empty file, which
-        is there for sure, and takes no space that there may not be.
+        fails for proof that there is none. So it is shown the disk by what is open
+        of it, which is there for sure.
         """
         if not (self._is_ours and self._existed):
             super().create_image(prepare_template, base, size, *args, **kwargs)
             return
-        backing_file = base
-        with contextlib.suppress(OSError):
-            backing_file = qcow2_header.backing(self.path)[0] or base
-        if os.path.basename(backing_file) != os.path.basename(base):
-            # A base of Nova's old kind, with its size in its name: Nova looks at the disk for that.
-            super().create_image(prepare_template, base, size, *args, **kwargs)
-            return
         path: str = self.path
-        empty = os.memfd_create("imgprealloc", os.MFD_CLOEXEC)
-        self.path = disk_file.name_for_programs(empty)
+        fd = self._opened()
+        self.path = disk_file.name_for_programs(fd)
         try:
             super().create_image(prepare_template, base, size, *args, **kwargs)
         finally:
             self.path = path
-            os.close(empty)
+            os.close(fd)
+
+    def _opened(self) -> int:
+        """Open the disk, or an empty file where that fails."""
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return os.memfd_create("imgprealloc", os.MFD_CLOEXEC)
