@@ -36,6 +36,10 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 
+# What QEMU prints as it closes an image, when its exit status is settled: what it has
+# not written is lost (qcow2.c, qcow2_inactivate).
+_LOST_AT_THE_END = "Failed to flush the "
+
 # Seconds for what takes a fraction of one: a filesystem may never answer, and
 # an image may name what does not.
 WALL_TIME = 600.0
@@ -120,7 +124,7 @@ def run(
     with _Printed(stdin, is_limited=limits is not None) as printed:
         try:
             # coreutils' timeout, because oslo.concurrency's own came late and leaves the program running.
-            piped, _ = processutils.execute(
+            piped, stderr = processutils.execute(
                 "timeout", "--foreground", f"--kill-after={_GRACE}", f"{seconds:.3f}", *limited, *argv,
                 check_exit_code=list(exit_codes),
                 cwd="/",
@@ -128,6 +132,8 @@ def run(
                 on_execute=begin,
                 preexec_fn=printed.take_over,
             )  # fmt: skip
+            if _LOST_AT_THE_END in (stderr or "") + printed.stderr and not raised:
+                raise processutils.ProcessExecutionError(piped, stderr, 0, " ".join(argv))
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
                 raise

@@ -80,13 +80,20 @@ class FaultyFilesystem:
         self._control = control
 
     def prepare(
-        self, operations: Sequence[str] = (), error: str = "EIO", at: int | None = 1, by: int | None = None
+        self,
+        operations: Sequence[str] = (),
+        error: str = "EIO",
+        at: int | None = 1,
+        by: int | None = None,
+        *,
+        onwards: bool = False,
     ) -> None:
         """Answer the at-th of these operations from now on with an error; all of them, if at is None.
 
         :param by: the process whose operations count, if not everybody's do
+        :param onwards: whether all that follow of the same process are answered so
         """
-        self._ask({"operations": list(operations), "error": error, "at": at, "by": by})
+        self._ask({"operations": list(operations), "error": error, "at": at, "by": by, "onwards": onwards})
 
     def files(self) -> list[str]:
         """List what is there, but for removed files that were open, which FUSE hides under other names."""
@@ -94,7 +101,7 @@ class FaultyFilesystem:
 
     def report(self) -> Report:
         """Tell what has happened, and work without faults from now on."""
-        answer = self._ask({"operations": [], "error": "EIO", "at": None, "by": None})
+        answer = self._ask({"operations": [], "error": "EIO", "at": None, "by": None, "onwards": False})
         struck = answer["struck"]
         return Report(
             tuple(Operation(*found) for found in answer["seen"]), None if struck is None else Operation(*struck)
@@ -158,6 +165,8 @@ class _Fault:
         self._operations: frozenset[str] = frozenset()
         self._error = errno.EIO
         self._at: int | None = None
+        self._onwards = False
+        self._struck_process: str | None = None
         self._seen: list[tuple[str, str]] = []
         self._struck: tuple[str, str] | None = None
 
@@ -172,9 +181,16 @@ class _Fault:
             if self._by not in (None, self._caller()):
                 return
             self._seen.append((operation, path or "(removed)"))
-            if self._at in (None, len(self._seen)):
-                self._struck = self._seen[-1]
+            if self._is_next():
+                self._struck = self._struck or self._seen[-1]
                 raise OSError(self._error, os.strerror(self._error))
+
+    def _is_next(self) -> bool:
+        """Whether the operation that was seen last is one for the error."""
+        if self._at in (None, len(self._seen)):
+            self._struck_process = _process_of(self._caller()) if self._onwards else None
+            return True
+        return self._struck_process is not None and _process_of(self._caller()) == self._struck_process
 
     def serve(self, control: str) -> None:
         """Take orders, each with a connection of its own."""
@@ -189,10 +205,16 @@ class _Fault:
                     answer = {"seen": self._seen, "struck": self._struck}
                     self._operations = frozenset(request["operations"])
                     self._error = getattr(errno, request["error"])
-                    self._at, self._by = request["at"], request["by"]
-                    self._seen, self._struck = [], None
+                    self._at, self._by, self._onwards = request["at"], request["by"], request["onwards"]
+                    self._seen, self._struck, self._struck_process = [], None, None
                 stream.write(json.dumps(answer) + "\n")
                 stream.flush()
+
+
+def _process_of(thread: int) -> str:
+    """Return the number of a thread's process; FUSE tells the thread's."""
+    [line] = [line for line in pathlib.Path(f"/proc/{thread}/status").read_text().splitlines() if "Tgid:" in line]
+    return line
 
 
 def _main(below: str, mount_point: str, control: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 
+import images
 import loop_filesystem
 import pytest
 
@@ -150,6 +152,36 @@ def test_no_change_that_fails_loses_a_disk(
 ) -> None:
     with tally.table(pytestconfig, "changes that fail") as counts:
         strike_each(verb, disks, faulty, counts, CHANGES, "EIO", lambda at: at + 3)
+
+
+COPIES: dict[str, Callable[[str], object]] = {
+    "thin": lambda path: Preallocator().thin(path, rewrite=True, format="qcow2"),
+    "rewrite": lambda path: Preallocator().preallocate(path, "rewrite", format="qcow2"),
+    "rewrite, metadata": lambda path: Preallocator("metadata").preallocate(path, "rewrite", format="qcow2"),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
+def test_no_copy_is_taken_whose_last_writes_have_failed(
+    disks: disks_module.Disks, faulty: FaultyFilesystem, pytestconfig: pytest.Config, copy: Callable[[str], object]
+) -> None:
+    # QEMU makes them as it closes a disk, when its exit status is settled.
+    made = faulty.below.parent / "data"
+    images.qcow2(made, disks_module.SIZE, backing=disks.base)
+    images.qemu_io(made, "write -P 0x5a 0 300k", "write -P 0xa5 1M 300k", "write -P 0x77 3M 300k")
+    before, at = images.digest(made), 1
+    with tally.table(pytestconfig, "writes that fail from then on") as counts:
+        while True:
+            shutil.copyfile(made, faulty.below / "disk")
+            faulty.prepare(("write",), "EIO", at, onwards=True)
+            with contextlib.suppress(PreallocationError):
+                copy(str(faulty.mount_point / "disk"))
+            if faulty.report().struck is None:
+                break
+            with counts.case("from the write", at):
+                assert images.digest(faulty.below / "disk") == before, "the disk reads different"
+            at += 1
+    assert at > 5
 
 
 def test_what_takes_a_failed_look_for_an_absent_disk_loses_it(

@@ -164,6 +164,24 @@ def test_any_other_exit_status_is_a_failure(programs: Programs) -> None:
         command.run(DISK, "qemu-img", "check", DISK)
 
 
+@pytest.mark.parametrize(
+    ("why", "error"), [(ENOSPC, exceptions.NoSpace), ("Input/output error", exceptions.CommandFailed)]
+)
+def test_what_qemu_could_not_write_at_its_end_is_a_failure_with_status_0_too(
+    programs: Programs, why: str, error: type[Exception]
+) -> None:
+    programs.ends("convert", 0, f"qemu-img: Failed to flush the L2 table cache: {why}")
+
+    with pytest.raises(error, match=f"status 0.*L2 table cache: {why}"):
+        command.run(DISK, "qemu-img", "convert", DISK)
+
+
+def test_what_else_a_program_complains_of_with_status_0_is_no_failure(programs: Programs) -> None:
+    programs.ends("convert", 0, "qemu-img: warning: something is deprecated")
+
+    command.run(DISK, "qemu-img", "convert", DISK)
+
+
 def test_failure_tells_program_status_and_what_it_said(programs: Programs) -> None:
     programs.ends("create", 1, "qemu-img: disk: Permission denied\n")
 
