@@ -221,6 +221,10 @@ def _settle(file: NewFile, judge: Callable[[NewFile], object]) -> None:
     # writing to wait for, and eventlet has only this one thread.
     size = os.fstat(file.fd).st_size
     command.run(file.path, "sync", file.program_name, work=size, meanwhile=lambda: judge(file))
+    # There is no more to wait for; but what could not be written is told to each descriptor
+    # once, and not to one that is opened when another has heard of it (Linux, errseq_t).
+    # QEMU may hear of it as it closes the file, and not tell.
+    native_thread.run(os.fsync, file.fd)
     _refuse_other(file)
 
 

@@ -10,15 +10,19 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import images
+import loop_filesystem
 import pytest
 
 from functional import kinds
 from imgprealloc import Preallocator
+from imgprealloc import disk_file
 from imgprealloc import exceptions
+from imgprealloc import replacement
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -47,6 +51,45 @@ def used(folder: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     disk = images.qcow2(folder / "disk", 32 * MiB, backing=base)
     images.qemu_io(disk, "write -P 0x5a 3M 1M")
     return disk
+
+
+# What is on stable storage.
+
+LOST = r"No space left|Input/output error"
+
+
+def replace_as_storage_runs_full(disk: pathlib.Path, storage: str) -> None:
+    """Write a file that is to take a disk's place, which its storage loses, and have another hear of that first."""
+    with (
+        disk_file.claimed(str(disk)) as file,
+        replacement.replacing(file, file.stamp(), lambda new: None) as new,
+    ):
+        os.pwrite(new.fd, os.urandom(8 * MiB), 0)
+        loop_filesystem.fill(storage)
+        fd = os.open(new.program_name, os.O_RDWR)
+        # As QEMU's is that fails as it closes a file, of which it may say nothing.
+        with pytest.raises(OSError, match=LOST):
+            os.fsync(fd)
+        os.close(fd)
+
+
+def test_file_of_which_the_storage_has_lost_writes_is_not_taken_though_another_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with loop_filesystem.mounted("tmpfs", 96 * MiB) as storage:
+        # A device that is larger than what is below it, as thin storage is.
+        monkeypatch.setattr(tempfile, "tempdir", storage)
+        with loop_filesystem.mounted("ext4", 400 * MiB, features=("-O", "^has_journal")) as mount_point:
+            disk = pathlib.Path(mount_point, "disk")
+            disk.write_bytes(b"what the guest has")
+            os.sync()
+
+            with pytest.raises(OSError, match=LOST):
+                replace_as_storage_runs_full(disk, storage)
+
+            os.unlink(os.path.join(storage, "filler"))
+            assert disk.read_bytes() == b"what the guest has"
+            assert sorted(os.listdir(mount_point)) == ["disk", "lost+found"]
 
 
 # What is handed down to the new file.

@@ -124,7 +124,7 @@ def test_name_is_on_stable_storage_too(disk: pathlib.Path) -> None:
     ):
         replace(disk)
 
-    assert synced == [(True, ["disk"])]
+    assert synced == [(False, [TEMPORARY]), (True, ["disk"])]
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -177,6 +177,24 @@ def test_sync_that_fails_leaves_the_disk_as_it_was(programs: Programs, disk: pat
     with pytest.raises(exceptions.CommandFailed):
         replace(disk)
 
+    assert names(disk) == (["disk"] if existed else [])
+    assert not existed or disk.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_writes_that_were_lost_and_told_to_another_leave_the_disk_as_it_was(
+    programs: Programs, disk: pathlib.Path, existed: bool
+) -> None:
+    if existed:
+        disk.write_bytes(b"old")
+
+    with (
+        fixtures.MockPatchObject(os, "fsync", side_effect=OSError(errno.EIO, "Input/output error")),
+        pytest.raises(OSError, match="Input/output error"),
+    ):
+        replace(disk)
+
+    assert [call.shown[0] for call in programs.calls] == ["sync"]
     assert names(disk) == (["disk"] if existed else [])
     assert not existed or disk.read_bytes() == b"old"
 
@@ -704,13 +722,23 @@ def test_attributes_that_cannot_be_read_are_an_error_that_names_the_file(disk: p
     assert names(disk) == ["disk"]
 
 
+def raises_for_folders(code: int) -> Callable[[int], None]:
+    """Return an fsync that fails for folders, and does nothing for files."""
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    return fsync
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
 @pytest.mark.parametrize("existed", [True, False])
 def test_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool, code: int) -> None:
     if existed:
         disk.write_bytes(b"old")
 
-    with fixtures.MockPatchObject(os, "fsync", raises(code)):
+    with fixtures.MockPatchObject(os, "fsync", raises_for_folders(code)):
         replace(disk)
 
     assert disk.read_bytes() == b"new"
@@ -718,7 +746,7 @@ def test_folder_that_knows_no_sync_is_no_fault(disk: pathlib.Path, existed: bool
 
 def test_folder_that_cannot_be_synced_is_told_by_its_name(disk: pathlib.Path) -> None:
     with (
-        fixtures.MockPatchObject(os, "fsync", raises(errno.EIO)),
+        fixtures.MockPatchObject(os, "fsync", raises_for_folders(errno.EIO)),
         pytest.raises(exceptions.FileError, match="the new disk has its name, but may lose it") as caught,
         os_errors.translated(str(disk)),
     ):
