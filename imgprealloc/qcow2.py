@@ -164,18 +164,21 @@ class Qcow2(format.Format):
         beyond = refcounts.end_beyond(file.fd, image.file_size)
         if not beyond and not image.has_stray_bytes:
             return
-        image_end = image.image_end
+        image_end, stamp = image.image_end, image.stamp
         with lock.no_writer(file.path, file.fd):
-            file.refuse_changed(image.stamp)
+            file.refuse_changed(stamp)
             if beyond:
                 # For qemu-img to see that nothing is in these clusters.
                 os.truncate(file.fd, beyond)
         if beyond:
             # Which keeps others out by itself, and would be kept out by us.
             qemu_img.repair(file.path, file.program_name)
+            stamp = file.stamp()
             check = qemu_img.check(file.path, file.program_name, "qcow2")
             image_end = qemu_img.number(file.path, check, "image-end-offset")
         with lock.no_writer(file.path, file.fd):
+            # Whoever has had it open meanwhile may have data there.
+            file.refuse_changed(stamp)
             os.truncate(file.fd, _round_up(image_end, image.cluster_size or 1))
 
     @staticmethod
@@ -255,7 +258,10 @@ class Qcow2(format.Format):
             return
         name, over = Qcow2._over_backing(file, image)
         with replacement.zeros(file, image.virtual_size) as copy:
+            stamp = file.stamp()
             qemu_img.copy_out(file.path, name, copy.program_name, start, image.virtual_size, **over)
+            # What somebody has written there meanwhile is not in the copy.
+            file.refuse_changed(stamp)
             qemu_img.copy_back(file.path, copy.program_name, name, start, image.virtual_size, **over)
 
     @staticmethod

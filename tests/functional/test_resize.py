@@ -8,6 +8,8 @@ own resize.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import struct
@@ -22,6 +24,8 @@ from imgprealloc import Mode
 from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import lock
+from imgprealloc import qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -405,6 +409,28 @@ def test_compressed_last_cluster_is_kept_as_a_disk_grows(
     assert sorted(folder.iterdir()) == others
 
 
+def test_write_to_a_compressed_last_cluster_that_comes_meanwhile_is_kept(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = ending_in_compressed(folder / "disk", None)
+    size = images.info(disk)["virtual-size"]
+    copy_out = qemu_img.copy_out
+
+    def copy_out_before_a_write(*args: Any, **backing: Any) -> None:
+        copy_out(*args, **backing)
+        images.qemu_io(disk, f"write -P 0x77 {size - 512} 512")
+
+    monkeypatch.setattr(qemu_img, "copy_out", copy_out_before_a_write)
+
+    with pytest.raises(exceptions.ImageInUse, match="written to"):
+        Preallocator().resize(disk, 2 * MiB, format="qcow2")
+
+    images.qemu_io(disk, f"read -P 0x77 {size - 512} 512")
+    monkeypatch.undo()
+    assert Preallocator().resize(disk, 2 * MiB, format="qcow2").virtual_size == 2 * MiB
+    images.qemu_io(disk, f"read -P 0x77 {size - 512} 512")
+
+
 @pytest.mark.parametrize(("base_size", "old", "new"), HARD.values(), ids=HARD)
 def test_stock_overlay_reads_the_same_when_it_grew(folder: pathlib.Path, base_size: int, old: int, new: int) -> None:
     base = images.random_file(folder / "base", base_size)
@@ -670,3 +696,36 @@ def test_qemu_img_aborts_over_such_a_disk(folder: pathlib.Path) -> None:
 
     with pytest.raises(AssertionError, match="ended with -6"):
         images.run("qemu-img", "resize", "-q", "-f", "qcow2", "--preallocation=falloc", disk, 32 * MiB)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["left bytes", "left counts"])
+def test_what_is_written_before_a_killed_growth_s_leavings_go_is_kept(
+    folder: pathlib.Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = images.qcow2(folder / "disk", 16 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 3M 1M")
+    if killed:
+        count_beyond_the_end(disk)
+    else:
+        os.truncate(disk, disk.stat().st_size + 8 * MiB)
+    looks: list[int] = []
+    no_writer = lock.no_writer
+
+    @contextlib.contextmanager
+    def no_writer_after_a_write(path: str, fd: int) -> Iterator[None]:
+        looks.append(fd)
+        if len(looks) == 2:
+            images.qemu_io(disk, "write -P 0x77 8M 2M")
+        with no_writer(path, fd):
+            yield
+
+    monkeypatch.setattr(lock, "no_writer", no_writer_after_a_write)
+
+    with pytest.raises(exceptions.ImageInUse, match="written to"):
+        Preallocator().resize(disk, 32 * MiB, format="qcow2")
+
+    images.qemu_io(disk, "read -P 0x77 8M 2M", "read -P 0x5a 3M 1M")
+    images.check(disk)
+    monkeypatch.undo()
+    assert Preallocator().resize(disk, 32 * MiB, format="qcow2").virtual_size == 32 * MiB
+    images.qemu_io(disk, "read -P 0x77 8M 2M")
