@@ -47,7 +47,9 @@ def give_back(path: str, fd: int, before: Sequence[Extent] | None, start: int, e
     try:
         # A reader may be done in a moment.
         lock.refuse_users(path, fd)
-        with lock.sole_opener(path, fd, certainly=True) as refuse_others:
+        # Whom the kernel lets in because a punch has waited too long (a frozen filesystem),
+        # QEMU's locks refuse; whoever has only waited for the lease finds none of them.
+        with lock.sole_opener(path, fd, certainly=True) as refuse_others, lock.no_writer(path, fd):
             for extent in fallocate.filled(fd, before, start, end):
                 for first in range(extent.start, extent.end, _STEP):
                     refuse_others()

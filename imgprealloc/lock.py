@@ -168,6 +168,9 @@ def sole_opener(path: str, fd: int, *, certainly: bool = False) -> Iterator[Call
     :returns: what has to be called often, and raises ImageInUse when somebody waits
     :raises: ImageInUse
     """
+    if certainly and filesystem.is_remote(fd):
+        # OCFS2 grants a lease also while another host has the file open.
+        raise _open_elsewhere(path)
     try:
         _take_lease(fd)
     except OSError as exc:
@@ -184,7 +187,9 @@ def sole_opener(path: str, fd: int, *, certainly: bool = False) -> Iterator[Call
     try:
         yield refuse_others
     finally:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        # The kernel has taken it where somebody has waited too long.
+        with contextlib.suppress(BlockingIOError):
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 def is_exclusive(fd: int) -> bool:

@@ -21,6 +21,7 @@ from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
+from imgprealloc import filesystem
 from imgprealloc.promise import Promise
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -237,6 +238,44 @@ def test_disk_that_somebody_wants_to_open_meanwhile_keeps_the_rest(
     _refused(disk)
 
     assert len(punched) == 1
+
+
+@common
+def test_guest_that_the_kernel_lets_in_before_a_punch_is_refused_by_qemu_s_locks(
+    disk: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As it does when a punch has waited for 45 seconds, as on a frozen filesystem.
+    refusals: list[str] = []
+    punch = fallocate.punch
+
+    def punch_late(fd: int, start: int, length: int) -> None:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        try:
+            images.qemu_io(disk, f"write -P 0x77 {start} 4k", format="raw")
+        except AssertionError as exc:
+            refusals.append(str(exc))
+        punch(fd, start, length)
+
+    monkeypatch.setattr(fallocate, "punch", punch_late)
+
+    _refused(disk)
+
+    assert len(refusals) == 1
+    assert 'Failed to get "write" lock' in refusals[0]
+    # Nor does it keep anybody out afterwards.
+    images.qemu_io(disk, "write 0 4k", format="raw")
+
+
+def test_disk_that_another_host_may_have_open_keeps_what_it_has_got(
+    disk: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # OCFS2 has holes, an extent map, and leases that only this host knows of.
+    before = images.allocated(disk)
+    monkeypatch.setattr(filesystem, "type_of", lambda fd: "ocfs2")
+
+    _refused(disk)
+
+    assert images.allocated(disk) > before + 16 * MiB
 
 
 def test_disk_of_which_nobody_can_tell_who_has_it_open_keeps_what_it_has_got(

@@ -220,6 +220,24 @@ def test_where_it_has_to_be_certain_no_lease_is_a_refusal(disk: str, fd: int, co
             refuse_others()
 
 
+def test_lease_on_what_other_hosts_may_have_open_proves_nothing(disk: str, fd: int) -> None:
+    # OCFS2 grants it.
+    with fixtures.MockPatchObject(filesystem, "is_remote", lambda fd: True):
+        with pytest.raises(exceptions.ImageInUse), lock.sole_opener(disk, fd, certainly=True):
+            pytest.fail("it is not certain")
+        # The control.
+        with lock.sole_opener(disk, fd) as refuse_others:
+            refuse_others()
+
+
+def test_user_for_whom_the_kernel_has_taken_the_lease_is_told_of(disk: str, fd: int) -> None:
+    with lock.sole_opener(disk, fd) as refuse_others:
+        # Whoever waits to open the file is let in after 45 seconds.
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        with pytest.raises(exceptions.ImageInUse):
+            refuse_others()
+
+
 def test_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
     with without_leases(errno.EAGAIN), fixtures.MockPatchObject(filesystem, "is_remote", lambda path: True):
         lock.refuse_users(disk, fd)
