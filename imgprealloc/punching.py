@@ -95,7 +95,8 @@ def _punch(path: str, fd: int) -> None:
     """
     size = os.fstat(fd).st_size
     printer = progress.Printer(size)
-    with lock.sole_opener(path, fd) as refuse_others:
+    # The locks within the lease: a guest that has waited for that would be refused by them.
+    with lock.sole_opener(path, fd) as refuse_others, lock.no_writer(path, fd):
         zeros.forget_reads(fd)
         for extent in _unwritten(fd):
             for position in range(extent.start, extent.end, _BLOCK):
@@ -114,8 +115,7 @@ def _punch(path: str, fd: int) -> None:
 def _main(path: str, fd: int = 0) -> int:
     """Do what give_back() asks for, on standard input, and keep QEMU out meanwhile."""
     try:
-        with lock.no_writer(path, fd):
-            _punch(path, fd)
+        _punch(path, fd)
     except exceptions.PreallocationError as exc:
         print(exc.reason, file=sys.stderr)
         return 1

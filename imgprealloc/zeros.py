@@ -200,7 +200,8 @@ def _fill(path: str, fd: int, stretches: Sequence[Extent], pace: _Paced | _Unpac
     """
     zeros = bytes(_BLOCK)
     printer, before = progress.Printer(sum(stretch.length for stretch in stretches)), 0
-    with lock.sole_opener(path, fd) as refuse_others:
+    # The locks within the lease: a guest that has waited for that would be refused by them.
+    with lock.sole_opener(path, fd) as refuse_others, lock.no_writer(path, fd):
         forget_reads(fd)
         for stretch in stretches:
             for hole in holes(fd, stretch.start):
@@ -225,8 +226,7 @@ def _main(
     """Do what write() asks for, on standard input, and keep QEMU out meanwhile: this process may outlive the other."""
     stretches = [Extent(start, os.fstat(fd).st_size - start)] if within is None else within
     try:
-        with lock.no_writer(path, fd):
-            _fill(path, fd, stretches, _Unpaced() if rate is None else _Paced(fd, rate))
+        _fill(path, fd, stretches, _Unpaced() if rate is None else _Paced(fd, rate))
     except exceptions.PreallocationError as exc:
         print(exc.reason, file=sys.stderr)
         return 1

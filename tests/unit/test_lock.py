@@ -22,6 +22,8 @@ import pytest
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import lock
+from imgprealloc import punching
+from imgprealloc import zeros
 
 from . import host
 
@@ -236,6 +238,24 @@ def test_user_for_whom_the_kernel_has_taken_the_lease_is_told_of(disk: str, fd: 
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         with pytest.raises(exceptions.ImageInUse):
             refuse_others()
+
+
+@pytest.mark.parametrize("module", [zeros, punching])
+def test_guest_that_has_waited_for_a_lease_is_not_refused_by_our_locks(disk: str, fd: int, module: Any) -> None:
+    leases: list[int] = []
+    no_writer = lock.no_writer
+
+    @contextlib.contextmanager
+    def listening(path: str, fd: int) -> Iterator[None]:
+        leases.append(fcntl.fcntl(fd, fcntl.F_GETLEASE))
+        with no_writer(path, fd):
+            yield
+        leases.append(fcntl.fcntl(fd, fcntl.F_GETLEASE))
+
+    with fixtures.MockPatchObject(lock, "no_writer", listening):
+        assert module._main(disk, fd) == 0
+
+    assert leases == [fcntl.F_WRLCK, fcntl.F_WRLCK]
 
 
 def test_server_that_gives_no_delegation_is_not_taken_for_a_user(disk: str, fd: int) -> None:
