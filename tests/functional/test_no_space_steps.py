@@ -9,6 +9,7 @@ import contextlib
 import os
 import pathlib
 import subprocess
+import time
 from typing import Any
 
 import images
@@ -163,8 +164,13 @@ def on_thin_storage() -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
 def mount_again(mount_point: pathlib.Path, below: pathlib.Path) -> None:
     """Mount it as after a restart, so that nothing is read that was only in memory."""
     images.run("umount", mount_point)
-    subprocess.run(["e2fsck", "-f", "-y", below / "image"], check=False, capture_output=True)
-    images.run("mount", "-o", "loop", below / "image", mount_point)
+    image, deadline = below / "image", time.monotonic() + 30
+    # The loop device goes a moment later; mount(8) would take it once more, with what it has in memory.
+    while images.run("losetup", "--associated", image):
+        assert time.monotonic() < deadline, "the loop device does not go"
+        time.sleep(0.02)
+    subprocess.run(["e2fsck", "-f", "-y", image], check=False, capture_output=True)
+    images.run("mount", "--rw", "-o", "loop", image, mount_point)
 
 
 @pytest.mark.parametrize("name", ["rewrite", "recreate", "fill", "grow", "grow_raw", "create_overlay", "create_raw"])
