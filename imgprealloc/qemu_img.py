@@ -168,8 +168,7 @@ def copy_in(
     :param backing: the other's backing_file, by its absolute path, and
         backing_format, where its header is not to be asked
     """
-    image = _over(name, format, **backing) if backing else _alone(name, format)
-    source = _csv(_part(image, 0, size))
+    source = _csv(_part(_image(name, format, backing), 0, size))
     _convert(path, size, {"-t": target}, "-S", "0", "--image-opts", "-O", "qcow2", *_options(options), source, target)
 
 
@@ -180,11 +179,8 @@ def copy_tail(
 
     :param start: in bytes, as is end
     """
-    source, goal = (
-        _csv(_part(_over(image, "qcow2", backing_file, backing_format), start, end - start)) for image in (name, target)
-    )
-    opened = ["--image-opts", "--target-image-opts", source, goal]
-    _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
+    images = (_over(name, "qcow2", backing_file, backing_format), _over(target, "qcow2", backing_file, backing_format))
+    _convert_part(path, *images, start, end, {"-t": target}, "--target-is-zero")
 
 
 def copy_out(path: str, name: str, target: str, start: int, end: int, **backing: str) -> None:
@@ -193,10 +189,8 @@ def copy_out(path: str, name: str, target: str, start: int, end: int, **backing:
     :param start: in bytes, as is end
     :param backing: as for copy_in()
     """
-    image = _over(name, "qcow2", **backing) if backing else _alone(name, "qcow2")
-    source, goal = (_csv(_part(image, start, end - start)) for image in (image, _alone(target, "raw")))
-    opened = ["--image-opts", "--target-image-opts", source, goal]
-    _convert(path, end - start, {"-t": target}, "-n", "--target-is-zero", *opened)
+    images = (_image(name, "qcow2", backing), _alone(target, "raw"))
+    _convert_part(path, *images, start, end, {"-t": target}, "--target-is-zero")
 
 
 def copy_back(path: str, source: str, name: str, start: int, end: int, **backing: str) -> None:
@@ -207,10 +201,22 @@ def copy_back(path: str, source: str, name: str, start: int, end: int, **backing
     :param start: in bytes, as is end
     :param backing: as for copy_in(), of the disk
     """
-    image = _over(name, "qcow2", **backing) if backing else _alone(name, "qcow2")
-    copy, goal = (_csv(_part(image, start, end - start)) for image in (_alone(source, "raw"), image))
-    opened = ["--image-opts", "--target-image-opts", copy, goal]
-    _convert(path, end - start, {}, "-n", "-S", "0", "-t", "writethrough", *opened)
+    images = (_alone(source, "raw"), _image(name, "qcow2", backing))
+    _convert_part(path, *images, start, end, {}, "-S", "0", "-t", "writethrough")
+
+
+def _convert_part(
+    path: str,
+    source: Mapping[str, str],
+    target: Mapping[str, str],
+    start: int,
+    end: int,
+    caches: Mapping[str, str],
+    *how: str,
+) -> None:
+    """Copy a part of one image to the same place in another that is there; start and end are bytes."""
+    opened = [_csv(_part(image, start, end - start)) for image in (source, target)]
+    _convert(path, end - start, caches, "-n", *how, "--image-opts", "--target-image-opts", *opened)
 
 
 def _convert(path: str, size: int, caches: Mapping[str, str], *argv: str) -> None:
@@ -425,6 +431,11 @@ def number(path: str, answer: Mapping[str, Any], *keys: str) -> int:
 def _alone(name: str, format: str) -> dict[str, str]:
     """Describe an image as QEMU finds it, with the backing files that its header names."""
     return {"driver": format, "file.driver": _protocol(name), "file.filename": name}
+
+
+def _image(name: str, format: str, backing: Mapping[str, str]) -> dict[str, str]:
+    """Describe an image, over the backing file that is named, if one is; else its header tells."""
+    return _over(name, format, **backing) if backing else _alone(name, format)
 
 
 def _over(name: str, format: str, backing_file: str, backing_format: str) -> dict[str, str]:
