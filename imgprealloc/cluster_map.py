@@ -107,6 +107,7 @@ def beyond_end(fd: int, header: qcow2_header.Header, virtual_size: int) -> int:
 
     :param fd: of an image that QEMU has opened
     :param virtual_size: in bytes, as QEMU has it
+    :raises: OSError
     """
     return native_thread.run(_beyond_end, fd, header, virtual_size)
 

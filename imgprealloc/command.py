@@ -91,8 +91,8 @@ def run(
     :param meanwhile: called once the program has been started, without a
         thread, which eventlet may never wake again
     :param told: of which whoever asked for progress is told; None where nobody did
-    :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed, and what
-        meanwhile raises
+    :raises: NoSpace, ProgramMissing, ProgramKilled, CommandFailed (the first and the
+        last also for QEMU's loss of writes with status 0), and what meanwhile raises
     """
     raised: list[Exception] = []
     started: list[subprocess.Popen[bytes]] = []

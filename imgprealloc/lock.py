@@ -108,7 +108,7 @@ def outlast_openers(fd: int) -> None:
 
     To be called within no_writer(), which such a QEMU then runs into: it may have
     opened the file before, and not have come to its locks. A guest that ran on
-    it would lose all that it writes. Whoever has not come to them in some seconds
+    it would lose all that it writes. Whoever has not come to them in 5 seconds
     only reads.
     """
     deadline = time.monotonic() + _COMING_TO_LOCKS

@@ -123,11 +123,11 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         """Begin to look after the disks of the guests that run, as a service starts."""
         super().init_host(host)
         try:
-            self._go_round(host)
+            self._begin_rounds(host)
         except Exception:
             LOG.exception("What running guests give back is not set aside again until this service is started anew")
 
-    def _go_round(self, host: str) -> None:
+    def _begin_rounds(self, host: str) -> None:
         if is_on() and opts.refills(CONF) and self._rounds is None:
             self._rounds = rounds.Rounds(
                 BACKGROUND,
