@@ -166,7 +166,7 @@ class _Fault:
         self._error = errno.EIO
         self._at: int | None = None
         self._onwards = False
-        self._struck_process: str | None = None
+        self._struck_process: int | None = None
         self._seen: list[tuple[str, str]] = []
         self._struck: tuple[str, str] | None = None
 
@@ -181,14 +181,15 @@ class _Fault:
             if self._by not in (None, self._caller()):
                 return
             self._seen.append((operation, path or "(removed)"))
-            if self._is_next():
+            if self._strikes():
                 self._struck = self._struck or self._seen[-1]
                 raise OSError(self._error, os.strerror(self._error))
 
-    def _is_next(self) -> bool:
-        """Whether the operation that was seen last is one for the error."""
+    def _strikes(self) -> bool:
+        """Whether the operation that was seen last is to fail; the first that is decides whose others are, too."""
         if self._at in (None, len(self._seen)):
-            self._struck_process = _process_of(self._caller()) if self._onwards else None
+            if self._onwards:
+                self._struck_process = _process_of(self._caller())
             return True
         return self._struck_process is not None and _process_of(self._caller()) == self._struck_process
 
@@ -211,10 +212,10 @@ class _Fault:
                 stream.flush()
 
 
-def _process_of(thread: int) -> str:
+def _process_of(thread: int) -> int:
     """Return the number of a thread's process; FUSE tells the thread's."""
-    [line] = [line for line in pathlib.Path(f"/proc/{thread}/status").read_text().splitlines() if "Tgid:" in line]
-    return line
+    told = pathlib.Path(f"/proc/{thread}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in told if line.startswith("Tgid:"))
 
 
 def _main(below: str, mount_point: str, control: str) -> None:

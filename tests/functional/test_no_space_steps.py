@@ -165,7 +165,8 @@ def mount_again(mount_point: pathlib.Path, below: pathlib.Path) -> None:
     """Mount it as after a restart, so that nothing is read that was only in memory."""
     images.run("umount", mount_point)
     image, deadline = below / "image", time.monotonic() + 30
-    # The loop device goes a moment later; mount(8) would take it once more, with what it has in memory.
+    # The loop device goes a moment later; mount(8) would take it once more, with what it has in memory,
+    # or only for reading.
     while images.run("losetup", "--associated", image):
         assert time.monotonic() < deadline, "the loop device does not go"
         time.sleep(0.02)
