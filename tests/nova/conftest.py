@@ -14,6 +14,7 @@ if os.environ.setdefault("OS_NOVA_DISABLE_EVENTLET_PATCHING", "true") == "false"
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import itertools
 import logging
 import subprocess
 from typing import Any
@@ -31,6 +32,9 @@ from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import record
 import imgprealloc.nova
+
+# What one test could not remove is not in the way of the next.
+_numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,7 +92,7 @@ def disks(room: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     made: list[str] = []
 
     def make(*, preallocated: bool = True, **options: Any) -> nova_disks.Disks:
-        path = os.path.join(room, f"instances-{os.getpid()}-{len(made)}")
+        path = os.path.join(room, f"instances-{os.getpid()}-{next(_numbers)}")
         os.mkdir(path)
         made.append(path)
         return nova_disks.Disks(path, preallocated=preallocated, **options)

@@ -99,7 +99,8 @@ def _integration(env: dict[str, str]) -> tuple[dict[str, Any], bool]:
     counts = closing_counts(done.stdout)
     good = done.returncode == 0 and counts["passed"] > 0 and not counts["skipped"]
     if not good:
-        print(done.stdout[-20000:], done.stderr[-2000:])
+        # All of it, because the first failure may be why the others are there.
+        print(done.stdout, done.stderr[-2000:])
     return counts, good
 
 
