@@ -33,7 +33,8 @@ _NO_WRITER, _NO_RESIZER = 201, 203
 _OURS = 300
 
 _FLOCK = struct.Struct("hhqqi4x")
-_NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+# The last is Lustre's, unless it is mounted with flock.
+_NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _PAUSE = 0.1
 

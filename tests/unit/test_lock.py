@@ -327,7 +327,7 @@ def refusing(code: int) -> Callable[..., bytes]:
     return refuse
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, fd: int, code: int) -> None:
     with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.has_writer(fd) is False
