@@ -28,6 +28,14 @@ LOG = logging.getLogger(__name__)
 # In these a guest's write needs no new space.
 HELD = ("reserved", "preallocated")
 
+# What keeps a disk from being made anew, or written to, and not from having its space set aside.
+_NOT_REPLACED = (
+    exceptions.ImageInUse,
+    exceptions.DiskIsLink,
+    exceptions.OwnerNotKept,
+    exceptions.FileInTheWay,
+)
+
 
 def without_zeros(strategy: Preallocator) -> Preallocator:
     """Return the strategy for a disk to which somebody else writes: its guest, or QEMU's mirror.
@@ -47,11 +55,21 @@ def preallocate_new(
 ) -> None:
     """Preallocate a disk that Nova has only just made, and no guest has seen.
 
+    Where it cannot be made anew, as while a backup or a virus scanner reads it, its
+    space is set aside as it is: stock Nova's build would go on, too.
+
     :param turn: held while the disk is treated
-    :raises: PreallocationError
+    :raises: PreallocationError, also where its space is not held in the end
     """
     with turn:
-        looks.remember(strategy.preallocate(path, "just_made", format=format, write_held=False))
+        try:
+            after = strategy.preallocate(path, "just_made", format=format, write_held=False)
+        except _NOT_REPLACED as exc:
+            after = strategy.preallocate(path, "reserve", format=format, write_held=False)
+            if strategy.mode != "metadata" and after.state not in HELD:
+                raise
+            log.warn_once("not replaced", path, f"not made anew: {exc}")
+        looks.remember(after)
 
 
 def heal(
@@ -102,12 +120,7 @@ def heal(
         with turn, fallocate.filling_by(None if is_ours else filler):
             try:
                 after = strategy.preallocate(path, existing, format=format, known=known, write_held=False)
-            except (
-                exceptions.ImageInUse,
-                exceptions.DiskIsLink,
-                exceptions.OwnerNotKept,
-                exceptions.FileInTheWay,
-            ) as exc:
+            except _NOT_REPLACED as exc:
                 if existing == "reserve":
                     raise
                 log.warn_once("not replaced", path, f"not made anew: {exc}")

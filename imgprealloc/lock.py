@@ -26,6 +26,7 @@ import time
 
 from imgprealloc import exceptions
 from imgprealloc import filesystem
+from imgprealloc import mounts
 
 _WRITES, _RESIZES = 101, 103
 _NO_WRITER, _NO_RESIZER = 201, 203
@@ -33,7 +34,13 @@ _NO_WRITER, _NO_RESIZER = 201, 203
 _OURS = 300
 
 _FLOCK = struct.Struct("hhqqi4x")
-_NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+# The last is Lustre's, unless it is mounted with flock.
+_NO_LOCKS_HERE = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+# Of NFS, Lustre and CIFS, as /proc/self/mountinfo has them.
+_LOCKS_STAY_HERE = frozenset(
+    {("nolock", ""), ("local_lock", "all"), ("local_lock", "posix"), ("localflock", ""), ("nobrl", "")}
+)
 
 _PAUSE = 0.1
 
@@ -48,11 +55,15 @@ _BETWEEN_ATTEMPTS = 0.05
 def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
     """Set or ask for a lock on one byte; return the kind of lock that stands."""
     try:
-        answer = fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        return _locked(fd, command, kind, byte)
     except OSError as exc:
         if exc.errno in _NO_LOCKS_HERE:
             return fcntl.F_UNLCK
         raise
+
+
+def _locked(fd: int, command: int, kind: int, byte: int) -> int:
+    answer = fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
     return int(_FLOCK.unpack(answer)[0])
 
 
@@ -63,6 +74,27 @@ def _is_locked(fd: int, *bytes_: int) -> bool:
 def has_writer(fd: int) -> bool:
     """Whether QEMU has an open file open for writing too."""
     return _is_locked(fd, _WRITES, _RESIZES)
+
+
+def may_be_used_unseen(fd: int) -> bool:
+    """Whether a guest of another host may have an open file open, of whose QEMU nothing is to be seen here.
+
+    On a filesystem that other hosts have, too, and to which locks are not carried:
+    it has none, or is mounted so that they are this host's alone.
+    """
+    if not filesystem.is_remote(fd):
+        return False
+    with mounts.holding(fd) as holder:
+        mount = mounts.of(holder)
+    if mount is not None and _LOCKS_STAY_HERE & set(mount.options.items()):
+        return True
+    try:
+        _locked(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _WRITES)
+    except OSError as exc:
+        if exc.errno in _NO_LOCKS_HERE:
+            return True
+        raise
+    return False
 
 
 def refuse_users(path: str, fd: int, *, patience: float = 0.5) -> None:

@@ -403,7 +403,9 @@ class Preallocator(Settings):
                 "say so (--disk-format) if it is"
             )  # fmt: skip
             treatment = strategy.treatment(file, before, promise, "reserve")
-        elif treatment is not None and treatment.replaces and existing == "recreate_blank" and before.in_use:
+        elif (
+            treatment is not None and treatment.replaces and existing == "recreate_blank" and _may_be_used(file, before)
+        ):
             # One that may be made anew may stay what it is, too.
             treatment = strategy.treatment(file, before, promise, "reserve")
         if treatment is not None and treatment.name == "fill" and write_held and promise.mode == "full":
@@ -488,6 +490,11 @@ def _at_work(path: str, progress: Optional[Progress], pace: Optional[Pace]) -> I
     """Let a caller be told, others be thought of, and the system's errors be ours."""
     with progresses.told_to(progress), paces.kept(pace), os_errors.translated(path):
         yield
+
+
+def _may_be_used(file: DiskFile, image: DiskImage) -> bool:
+    """Whether a guest has a disk open, or may have it on another host without our seeing it."""
+    return image.in_use or lock.may_be_used_unseen(file.fd)
 
 
 def _write_held(strategy: Format, file: DiskFile, image: DiskImage) -> DiskImage:

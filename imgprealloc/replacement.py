@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import os
 import stat
+import tempfile
 
 from imgprealloc import command
 from imgprealloc import exceptions
@@ -314,8 +315,18 @@ def refuse_links(disk: DiskFile) -> None:
 def refuse_foreign(disk: DiskFile) -> None:
     """Refuse, before any work is done, a disk that may be ours to write, as by an ACL, and is another's."""
     owner = os.fstat(disk.fd).st_uid
-    if os.geteuid() not in (0, owner):
+    if os.geteuid() not in (0, owner) and _owner_of_new_files(disk) != owner:
         raise _owner_not_kept(disk.path, f"its owner (user ID {owner})")
+
+
+def _owner_of_new_files(place: Place) -> int | None:
+    """Return whose a new file would be, which is not us on each filesystem (NFS with all_squash, CIFS with uid=)."""
+    try:
+        with tempfile.TemporaryFile(dir=place.folder, prefix=".imgprealloc-probe-") as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:
+        # Nobody can tell where nothing can be made.
+        return None
 
 
 def _owner_not_kept(path: str, what: str) -> exceptions.OwnerNotKept:

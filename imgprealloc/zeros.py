@@ -38,6 +38,9 @@ _PORTION = 16 * units.Mi
 # second is 64, and after 45 the kernel lets them in, whom QEMU's locks then refuse.
 _LONGEST_REST = 0.1
 
+# So often the writing goes on after somebody who has opened the file; each of them costs an fsync.
+_MOST_VISITS = 1000
+
 # Of the process: what comes before the stretches that it writes in.
 _WITHIN = "within"
 
@@ -53,8 +56,9 @@ def write(path: str, fd: int, *, start: int = 0, within: Sequence[Extent] | None
     :param fd: the only descriptor of it that this process has
     :param start: the byte that it begins at
     :param within: where alone it does so; no more than a command line can tell
-    :raises: ImageInUse, NoSpace, CommandFailed, also where somebody opens the
-        file meanwhile, or the filesystem calls a hole what reads as something else
+    :raises: ImageInUse, also where somebody opens the file meanwhile and stays,
+        NoSpace, CommandFailed, also where the filesystem calls a hole what reads as
+        something else
     """
     lock.refuse_users(path, fd)
     # Else what is unwritten and has all been read is not missed.
@@ -65,11 +69,18 @@ def write(path: str, fd: int, *, start: int = 0, within: Sequence[Extent] | None
     rate = [] if kept is None else [str(kept.rate or 0)]
     size = os.fstat(fd).st_size
     stretches = [] if within is None else [_WITHIN, *(f"{extent.start}:{extent.length}" for extent in within)]
-    command.run(
-        path, sys.executable, "-W", "ignore", "-m", __name__, path, str(start), *rate, *stretches,
-        work=size, stdin=fd,
-        told=progress.printed(size - start if within is None else sum(extent.length for extent in within)),
-    )  # fmt: skip
+    try:
+        command.run(
+            path, sys.executable, "-W", "ignore", "-m", __name__, path, str(start), *rate, *stretches,
+            work=size, stdin=fd,
+            told=progress.printed(size - start if within is None else sum(extent.length for extent in within)),
+        )  # fmt: skip
+    except exceptions.NoSpace:
+        raise
+    except exceptions.CommandFailed:
+        # Who has come meanwhile, and is still there, is what it has ended for.
+        lock.refuse_users(path, fd, patience=0)
+        raise
 
 
 def has_unwritten(fd: int, *, more_than: int = 0, start: int = 0) -> bool:
@@ -193,13 +204,33 @@ class _Unpaced:
 
 
 def _fill(path: str, fd: int, stretches: Sequence[Extent], pace: _Paced | _Unpaced) -> None:
+    """Write zeros into the holes of an open file, and go on once somebody who has opened it is gone again.
+
+    :raises: ImageInUse when somebody has it open who stays, and what _fill_alone() raises
+    """
+    printer = progress.Printer(sum(stretch.length for stretch in stretches))
+    for _ in range(_MOST_VISITS):
+        try:
+            _fill_alone(path, fd, stretches, pace, printer)
+        except exceptions.ImageInUse:
+            # A guest stays, a look does not: Nova's image cache looks at all disks each 40 minutes.
+            lock.refuse_users(path, fd)
+            # Now, and not while the next one has to wait for it.
+            os.fsync(fd)
+        else:
+            return
+    _fill_alone(path, fd, stretches, pace, printer)
+
+
+def _fill_alone(
+    path: str, fd: int, stretches: Sequence[Extent], pace: _Paced | _Unpaced, printer: progress.Printer
+) -> None:
     """Write zeros into the holes of an open file, each block once it has been read.
 
     :raises: ImageInUse when somebody wants to open the file, FileError for a
         hole that has something in it
     """
-    zeros = bytes(_BLOCK)
-    printer, before = progress.Printer(sum(stretch.length for stretch in stretches)), 0
+    zeros, before = bytes(_BLOCK), 0
     # The locks within the lease: a guest that has waited for that would be refused by them.
     with lock.sole_opener(path, fd) as refuse_others, lock.no_writer(path, fd):
         forget_reads(fd)

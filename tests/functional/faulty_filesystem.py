@@ -6,7 +6,7 @@ links, no flags of renameat2(2), no map of extents. Nothing is cached, so that
 each look arrives. It runs as a process of its own, which is told through a
 socket outside the mount what to answer when.
 
-    python faulty_filesystem.py FOLDER MOUNT_POINT SOCKET
+    python faulty_filesystem.py FOLDER MOUNT_POINT SOCKET [OWNER]
 """
 
 from __future__ import annotations
@@ -118,11 +118,14 @@ class FaultyFilesystem:
 
 
 @contextlib.contextmanager
-def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Iterator[FaultyFilesystem]:
+def mounted(
+    below: pathlib.Path, mount_point: pathlib.Path | None = None, *, owner: int | None = None
+) -> Iterator[FaultyFilesystem]:
     """Mount one over a folder, and unmount it afterwards.
 
     :param below: an empty folder on a filesystem that has what is handed through
     :param mount_point: an empty folder, if it matters which
+    :param owner: the user ID that all files are told to have, whoever makes them; None for their own
     """
     with tempfile.TemporaryDirectory(prefix="imgprealloc-fuse-") as scratch:
         control = os.path.join(scratch, "control")
@@ -131,8 +134,8 @@ def mounted(below: pathlib.Path, mount_point: pathlib.Path | None = None) -> Ite
             mount_point.mkdir()
         with open(os.path.join(scratch, "log"), "w+") as log:
             process = subprocess.Popen(
-                [sys.executable, __file__, below, mount_point, control], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log,
+                [sys.executable, __file__, below, mount_point, control, *([] if owner is None else [str(owner)])],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
             try:
                 deadline = time.monotonic() + 20
@@ -218,7 +221,7 @@ def _process_of(thread: int) -> int:
     return next(int(line.split()[1]) for line in told if line.startswith("Tgid:"))
 
 
-def _main(below: str, mount_point: str, control: str) -> None:
+def _main(below: str, mount_point: str, control: str, owner: str | None = None) -> None:
     import mfusepy
 
     fault = _Fault(lambda: int(mfusepy.fuse_get_context()[2]))
@@ -242,7 +245,8 @@ def _main(below: str, mount_point: str, control: str) -> None:
             told = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks", "st_ino", "st_dev", "st_rdev")
             found = {name: getattr(status, name) for name in told}
             times = {f"st_{name}time": getattr(status, f"st_{name}time_ns") for name in "amc"}
-            return {**found, **times, "st_blksize": 4096}
+            owned = {} if owner is None else {"st_uid": int(owner)}
+            return {**found, **times, **owned, "st_blksize": 4096}
 
         def opendir(self, path: str) -> int:
             fault("opendir", path)

@@ -32,8 +32,10 @@ from functional.disks import require_told
 from functional.faulty_filesystem import CHANGES
 from functional.faulty_filesystem import LOOKS
 from functional.faulty_filesystem import FaultyFilesystem
+from imgprealloc import Existing
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
+from imgprealloc import mounts
 
 VERBS = ("reserve", "rewrite", "recreate", "fill", "grow", "grow_raw", "create", "create_overlay", "create_raw")
 
@@ -298,3 +300,20 @@ def test_folder_that_cannot_be_synced_for_a_fault_is_named(
         verb.act(Preallocator(), str(faulty.mount_point / "disk"))
 
     disks.require_kept(verb, faulty.below / "disk")
+
+
+@pytest.mark.parametrize("existing", ["recreate_blank", "reserve"])
+def test_nothing_is_lost_that_another_host_s_guest_writes_whose_locks_are_not_seen(
+    faulty: FaultyFilesystem, monkeypatch: pytest.MonkeyPatch, existing: Existing
+) -> None:
+    # The folder below is the other host's mount of what both have by NFS. What this one sees of locks are its own.
+    disk = images.qcow2(faulty.below / "disk", 8 * MiB)
+    options = {"vers": "3", "nolock": "", "local_lock": "all"}
+    monkeypatch.setattr(mounts, "of", lambda fd: mounts.Mount("/instances", "nfs", "server:/instances", options))
+
+    with images.guest(disk) as address:
+        image = Preallocator().preallocate(faulty.mount_point / "disk", existing, format="qcow2")
+        images.qemu_io(address, "write -P 7 1M 64k", format="raw")
+
+    images.qemu_io(disk, "read -P 7 1M 64k")
+    assert image.state == "reserved"

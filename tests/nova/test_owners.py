@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import ctypes
 import os
+import pathlib
 import pwd
 import stat
 import struct
@@ -21,8 +22,10 @@ from compute_host import DISKS
 from compute_host import KINDS
 from compute_host import Host
 from compute_host import all_disks
+from functional import faulty_filesystem
 import images
 import loop_filesystem
+import nova_disks
 from oslo_utils import units
 import pytest
 
@@ -211,6 +214,27 @@ def test_stock_s_disks_of_somebody_else_s_are_reserved_at_a_start(
     assert node.states(instance) == all_disks({"qcow2": "reserved", "raw": "preallocated"}[kind])
     assert _of_all_disks(node, instance) == before
     assert node.changed(instance, kept) == []
+
+
+@pytest.mark.as_user
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@KINDS
+def test_disk_is_built_where_each_file_is_somebody_else_s(
+    disks: Callable[..., nova_disks.Disks], small_base: str, kind: str, mode: str
+) -> None:
+    # NFS with all_squash, or whose users' names are not known; CIFS with uid=.
+    made = disks(imgprealloc__mode=mode)
+    instance = made.instance()
+    below = pathlib.Path(made.instances_path, "below")
+    below.mkdir()
+    owner = pwd.getpwnam(OTHER).pw_uid
+    with faulty_filesystem.mounted(below, pathlib.Path(made.instances_path, instance.uuid), owner=owner):
+        image = made.image(instance, "disk", kind)
+
+        made.cache(image, small_base, 256 * units.Mi)
+
+        assert os.stat(image.path).st_uid == owner
+        assert imgprealloc.Preallocator().inspect(image.path, format=kind).state == "preallocated"
 
 
 @pytest.mark.as_user

@@ -17,6 +17,7 @@ import pytest
 from imgprealloc import PreallocationError
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import replacement
 from imgprealloc.filesystem import Filesystem
 
 from . import in_format
@@ -38,7 +39,11 @@ def is_link(host: Host) -> None:
 
 def foreign(host: Host) -> None:
     path = host.overlay()
-    with fixtures.MockPatchObject(os, "geteuid", lambda: os.stat(path).st_uid + 1):
+    ours = os.stat(path).st_uid + 1
+    with (
+        fixtures.MockPatchObject(os, "geteuid", lambda: ours),
+        fixtures.MockPatchObject(replacement, "_owner_of_new_files", lambda place: ours),
+    ):
         in_format.qcow2().preallocate(path)
 
 

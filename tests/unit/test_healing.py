@@ -101,6 +101,37 @@ def test_new_disk_that_cannot_be_preallocated_is_an_error(turn: Turn, kind: Any)
     assert not turn.held
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [exceptions.ImageInUse, exceptions.DiskIsLink, exceptions.OwnerNotKept, exceptions.FileInTheWay],
+    ids=lambda kind: str(kind.__name__),
+)
+@pytest.mark.parametrize("mode", ["falloc", "metadata"])
+def test_new_disk_that_cannot_be_made_anew_is_built_where_its_space_is_held(
+    turn: Turn, logged: Logged, kind: type[exceptions.PreallocationError], mode: str
+) -> None:
+    held = mock.Mock(state="reserved" if mode == "falloc" else "thin")
+    strategy = playing([error(kind), held], mode=mode)
+
+    with fixtures.MockPatchObject(looks, "remember", mock.Mock()):
+        healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
+        looks.remember.assert_called_once_with(held)  # type: ignore[attr-defined]
+
+    assert [call.args[1] for call in strategy.preallocate.mock_calls] == ["just_made", "reserve"]
+    [warning] = logged(logging.WARNING)
+    assert "not made anew" in warning
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_new_disk_that_cannot_be_made_anew_nor_held_is_an_error(turn: Turn, mode: str) -> None:
+    strategy = playing([error(exceptions.ImageInUse), mock.Mock(state="thin")], mode=mode)
+
+    with pytest.raises(exceptions.ImageInUse):
+        healing.preallocate_new(strategy, "/d/disk", "qcow2", turn)
+
+    assert not turn.held
+
+
 # A disk that was there.
 
 

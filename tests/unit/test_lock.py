@@ -22,6 +22,7 @@ import pytest
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import lock
+from imgprealloc import mounts
 from imgprealloc import punching
 from imgprealloc import zeros
 
@@ -317,6 +318,64 @@ def test_qemu_img_can_work_on_what_imgprealloc_has(disk: str) -> None:
         assert all(host.standing_lock(qemu.fileno(), byte) == fcntl.F_UNLCK for byte in range(100, 300))
 
 
+# Other hosts.
+
+
+def _mounted(type: str, options: str) -> Any:
+    line = f"36 25 0:50 / /srv/nova rw shared:1 - {type} server:/nova rw,{options}"
+    mount = mounts._parsed(line)
+    return fixtures.MockPatchObject(mounts, "of", lambda fd: mount)
+
+
+@pytest.mark.parametrize(
+    ("type", "options", "unseen"),
+    [
+        ("nfs4", "vers=4.2,local_lock=none,addr=192.0.2.1", False),
+        ("nfs", "vers=3,local_lock=none,addr=192.0.2.1", False),
+        # Of these QEMU asks for none.
+        ("nfs", "vers=3,local_lock=flock,addr=192.0.2.1", False),
+        ("nfs", "vers=3,nolock,local_lock=all,addr=192.0.2.1", True),
+        ("nfs", "vers=3,nolock,addr=192.0.2.1", True),
+        ("nfs", "vers=3,local_lock=posix,addr=192.0.2.1", True),
+        ("lustre", "flock,lazystatfs", False),
+        ("lustre", "localflock,lazystatfs", True),
+        ("cifs", "vers=3.1.1,soft", False),
+        ("cifs", "vers=3.1.1,soft,nobrl", True),
+    ],
+)
+def test_guest_of_another_host_is_not_seen_where_locks_are_this_host_s_alone(
+    fd: int, type: str, options: str, unseen: bool
+) -> None:
+    with fixtures.MockPatchObject(filesystem, "type_of", lambda fd: type), _mounted(type, options):
+        assert lock.may_be_used_unseen(fd) is unseen
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_guest_of_another_host_is_not_seen_where_there_are_no_locks(fd: int, code: int) -> None:
+    with (
+        fixtures.MockPatchObject(filesystem, "type_of", lambda fd: "lustre"),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)),
+    ):
+        assert lock.may_be_used_unseen(fd) is True
+
+
+def test_no_other_host_has_a_local_filesystem_whatever_its_locks(fd: int) -> None:
+    with (
+        fixtures.MockPatchObject(filesystem, "type_of", lambda fd: "ext4"),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.ENOLCK)),
+    ):
+        assert lock.may_be_used_unseen(fd) is False
+
+
+def test_fault_of_the_look_for_other_hosts_is_an_error(fd: int) -> None:
+    with (
+        fixtures.MockPatchObject(filesystem, "type_of", lambda fd: "nfs"),
+        fixtures.MockPatchObject(fcntl, "fcntl", refusing(errno.EIO)),
+        pytest.raises(OSError, match="no locks"),
+    ):
+        lock.may_be_used_unseen(fd)
+
+
 # Faults.
 
 
@@ -327,7 +386,7 @@ def refusing(code: int) -> Callable[..., bytes]:
     return refuse
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_a_filesystem_has_no_locks_we_do_without_as_qemu_does(disk: str, fd: int, code: int) -> None:
     with fixtures.MockPatchObject(fcntl, "fcntl", refusing(code)):
         assert lock.has_writer(fd) is False

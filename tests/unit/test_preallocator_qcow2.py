@@ -20,6 +20,7 @@ from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import fallocate
+from imgprealloc import lock
 from imgprealloc.filesystem import Filesystem
 from imgprealloc.qcow2 import Qcow2
 
@@ -1016,6 +1017,27 @@ def test_disk_in_use_gets_its_space(host: Host, opened: Callable[[str], object],
     opened(path)
 
     assert in_format.qcow2().preallocate(path).state == state
+
+
+def test_blank_disk_that_another_host_s_guest_may_have_stays_the_same_file(host: Host) -> None:
+    # As a swap disk that its guest has not come to yet, on NFS that is mounted with nolock.
+    path = host.overlay()
+    inode = os.stat(path).st_ino
+
+    with fixtures.MockPatchObject(lock, "may_be_used_unseen", lambda fd: True):
+        plan = Preallocator().plan(path, format="qcow2")
+        image = in_format.qcow2().preallocate(path)
+
+    assert (plan.treatment, plan.state) == ("reserve", "reserved")
+    assert (image.state, os.stat(path).st_ino) == ("reserved", inode)
+
+
+@pytest.mark.parametrize("existing", ["rewrite", "just_made"])
+def test_blank_disk_is_made_anew_there_where_the_caller_answers_for_it(host: Host, existing: Existing) -> None:
+    path = host.overlay()
+
+    with fixtures.MockPatchObject(lock, "may_be_used_unseen", lambda fd: True):
+        assert in_format.qcow2().preallocate(path, existing).state == "preallocated"
 
 
 @pytest.mark.parametrize(("mapped", "reader"), [(None, "--version"), (0.5, "check")])

@@ -9,10 +9,12 @@ import fcntl
 import os
 import pathlib
 import stat
+import tempfile
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import fixtures
 from oslo_utils import units
@@ -522,17 +524,57 @@ def test_new_disk_has_the_owner_of_the_old_one(
     assert seen == changed
 
 
+def _somebody_else_s(disk: pathlib.Path, owner: int) -> Any:
+    """Let a disk be another's, and this process not be root."""
+    inode, real = disk.stat().st_ino, os.fstat
+
+    def owned(fd: int) -> os.stat_result:
+        status = real(fd)
+        if status.st_ino != inode:
+            return status
+        return os.stat_result((*status[:4], owner, *status[5:]), {"st_mtime_ns": 0, "st_ctime_ns": 0})
+
+    return fixtures.MockPatchObject(os, "fstat", owned)
+
+
 def test_disk_of_somebody_else_s_is_refused_before_there_is_a_new_file(disk: pathlib.Path) -> None:
     disk.write_bytes(b"old")
+    owner = disk.stat().st_uid + 2
 
     with (
+        _somebody_else_s(disk, owner),
         fixtures.MockPatchObject(os, "geteuid", lambda: disk.stat().st_uid + 1),
-        pytest.raises(exceptions.OwnerNotKept, match=f"user ID {disk.stat().st_uid}"),
+        pytest.raises(exceptions.OwnerNotKept, match=f"user ID {owner}"),
         new_disk(disk),
     ):
         pytest.fail("there is a new file")
 
     assert names(disk) == ["disk"]
+    assert disk.read_bytes() == b"old"
+
+
+def test_disk_is_replaced_whose_owner_each_new_file_has(disk: pathlib.Path) -> None:
+    # NFS with all_squash, CIFS with uid=: what we make there is not ours either.
+    disk.write_bytes(b"old")
+
+    with fixtures.MockPatchObject(os, "geteuid", lambda: disk.stat().st_uid + 1):
+        replace(disk)
+
+    assert names(disk) == ["disk"]
+    assert disk.read_bytes() == b"new"
+
+
+def test_disk_of_somebody_else_s_is_refused_where_nothing_can_be_made(disk: pathlib.Path) -> None:
+    disk.write_bytes(b"old")
+    nothing = mock.Mock(side_effect=PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+    with (
+        fixtures.MockPatchObject(os, "geteuid", lambda: disk.stat().st_uid + 1),
+        fixtures.MockPatchObject(tempfile, "TemporaryFile", nothing),
+        pytest.raises(exceptions.OwnerNotKept),
+    ):
+        replace(disk)
+
     assert disk.read_bytes() == b"old"
 
 

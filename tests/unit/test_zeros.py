@@ -13,11 +13,14 @@ import pathlib
 import sys
 import threading
 import time
+from typing import Any
+from unittest import mock
 
 import fixtures
 from oslo_utils import units
 import pytest
 
+from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import pace
@@ -107,6 +110,37 @@ def test_no_process_is_started_to_write_zeros_to_a_disk_that_is_open_without_a_l
         write(file)
 
     assert programs.calls == []
+
+
+def test_process_that_ends_for_somebody_who_stays_is_told_as_that(file: pathlib.Path) -> None:
+    os.truncate(file, units.Mi)
+    held: list[Any] = []
+
+    def visited(*_: object, **__: object) -> str:
+        held.append(file.open("rb"))
+        raise exceptions.CommandFailed(str(file), "imgprealloc.zeros failed with status 1", "Look.")
+
+    with (
+        fixtures.MockPatchObject(command, "run", visited),
+        pytest.raises(exceptions.ImageInUse, match="has the file open"),
+    ):
+        write(file)
+
+    held[0].close()
+
+
+@pytest.mark.parametrize("kind", [exceptions.NoSpace, exceptions.CommandFailed])
+def test_process_that_fails_by_itself_is_told_as_that(file: pathlib.Path, kind: type[Exception]) -> None:
+    os.truncate(file, units.Mi)
+    fault = kind(str(file), "imgprealloc.zeros failed with status 1", "Look.")
+
+    with (
+        fixtures.MockPatchObject(command, "run", mock.Mock(side_effect=fault)),
+        pytest.raises(exceptions.CommandFailed) as caught,
+    ):
+        write(file)
+
+    assert caught.value is fault
 
 
 # The process.
@@ -252,6 +286,32 @@ def test_process_stops_when_somebody_opens_the_disk_and_lets_that_wait_until_the
     assert holes(file) == [Extent(zeros._BLOCK, 4 * units.Mi - zeros._BLOCK)]
 
 
+@pytest.mark.parametrize("visits", [1, 3])
+def test_process_goes_on_once_whoever_has_looked_at_the_disk_is_gone(file: pathlib.Path, visits: int) -> None:
+    # As Nova's image cache looks at all disks, and imgprealloc metrics does, while a build takes an hour.
+    os.truncate(file, 4 * units.Mi)
+    real, seen = os.pwrite, 0
+    visitors: list[threading.Thread] = []
+
+    def watched(fd: int, data: bytes, position: int) -> int:
+        nonlocal seen
+        if seen < visits:
+            seen += 1
+            visitors.append(threading.Thread(target=file.read_bytes))
+            visitors[-1].start()
+            while fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK:
+                time.sleep(0.001)
+        return real(fd, data, position)
+
+    with fixtures.MockPatchObject(os, "pwrite", watched):
+        assert fill(file) == 0
+
+    for visitor in visitors:
+        visitor.join()
+    assert seen == visits
+    assert holes(file) == []
+
+
 def test_disk_that_somebody_has_open_gets_no_zeros(file: pathlib.Path) -> None:
     os.truncate(file, units.Mi)
 
@@ -357,6 +417,10 @@ def test_whoever_wants_to_open_the_file_does_not_wait_for_a_rest(file: pathlib.P
     rests: list[float] = []
 
     def sleep(seconds: float) -> None:
+        if not seconds:
+            # No rest, but the wait for who has been let in, to be gone again.
+            real(0.01)
+            return
         rests.append(seconds)
         if len(rests) == 1:
             somebody.start()
@@ -364,7 +428,11 @@ def test_whoever_wants_to_open_the_file_does_not_wait_for_a_rest(file: pathlib.P
                 real(0.001)
 
     real = time.sleep
-    with fixtures.MockPatchObject(time, "sleep", sleep), file.open("r+b") as disk:
+    with (
+        fixtures.MockPatchObject(lock, "_PAUSE", 0),
+        fixtures.MockPatchObject(time, "sleep", sleep),
+        file.open("r+b") as disk,
+    ):
         # A block takes 64 s.
         assert zeros._main("/instances/1/disk", disk.fileno(), 0, 4 * units.Ki) == 1
         somebody.join()
