@@ -23,6 +23,8 @@ class Create(disks.Allocating):
         ),
     )
 
+    format_help = "the disk's format (default: qcow2)"
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("--backing", metavar="FILE", help="backing file, absolute or relative to the disk's folder")

@@ -82,15 +82,16 @@ class Working(command.Command):
 
     status = 0
     examples: Sequence[Example] = ()
+    format_help = (
+        "the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, else a "
+        "guess by its first bytes, under which no byte of it is changed"
+    )
+    # Folders that were meant, and cannot be looked into, or are not even known.
+    _unlisted = 0
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        parser.add_argument(
-            "--disk-format",
-            choices=sorted(FORMATS),
-            help="the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, "
-            "else a guess by its first bytes, under which no byte of it is changed",
-        )
+        parser.add_argument("--disk-format", choices=sorted(FORMATS), help=self.format_help)
         examples.add(parser, self.examples)
         return parser
 

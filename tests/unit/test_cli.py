@@ -29,6 +29,7 @@ from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 from imgprealloc.image import FileStamp
 
+from imgprealloc.filesystem import Filesystem
 from .host import SIZE
 from .host import Host
 from .host import opened_by_qemu
@@ -937,6 +938,18 @@ def test_dry_run_does_nothing(host: Host, run: Run, more: list[str]) -> None:
 
     run("allocate", "--dry-run", *more, *paths)
 
+@pytest.mark.parametrize("more", [["--dry-run"], []], ids=" ".join)
+def test_disk_that_has_all_its_space_is_done_also_where_no_other_could_have_it(
+    host: Host, run: Run, more: list[str]
+) -> None:
+    host.filesystem = Filesystem("nfs", fallocate=False, copy_on_write=False)
+
+    told = run("allocate", *more, "--on-unsupported", "error", "-f", "json", host.raw(held=SIZE))
+
+    (row,) = json.loads(told.out)
+    assert (told.status, row["state"], row["error"]) == (0, "preallocated", None)
+
+
     assert host.changes == []
     assert (host.files, [FileStamp.from_stat(os.stat(path)) for path in paths]) == before
 
@@ -1330,6 +1343,13 @@ def test_rate_that_is_none_ends_with_2(host: Host, run: Run, verb: str, rate: st
     size = ["16M"] if verb in ("create", "resize") else []
 
     assert run(verb, f"--rate={rate}", host.path(), *size).status == 2
+def test_help_tells_the_format_of_what_is_made_and_how_that_of_what_is_there_is_found(run: Run) -> None:
+    made, there = (" ".join(run(verb, "--help").out.split()) for verb in ("create", "resize"))
+
+    assert "the disk's format (default: qcow2)" in made
+    assert ("first bytes" in made, "first bytes" in there) == (False, True)
+
+
     assert host.calls == []
 
 
