@@ -105,7 +105,7 @@ class Show(disks.Disks):
             try:
                 found = Preallocator().layout(image.path, format=image.format)
                 panel = picture.Panel(image.path, f"{image.format}, {image.state}", found)
-                new_file.write(target, picture.svg([panel]), picture.BEGINS)
+                new_file.write_whole(target, picture.svg([panel]), picture.BEGINS)
             except (exceptions.PreallocationError, new_file.InTheWay) as exc:
                 self._tell(exc)
             except OSError as exc:

@@ -112,12 +112,14 @@ class Working(command.Command):
             meant = paths or [_instances_path()]
         except cfg.Error as exc:
             self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
+            self._unlisted += 1
             return []
         for path in meant:
             try:
                 below = list(instances.disks_below(path)) if os.path.isdir(path) else [path]
             except OSError as exc:
                 self._tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
+                self._unlisted += 1
                 continue
             if paths and not below:
                 self._tell(f"{path}: there is no disk of an instance in it. Check the path.")
@@ -172,6 +174,10 @@ class Working(command.Command):
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
 
+    def unread(self, outcomes: Iterable[Outcome]) -> int:
+        """Count the disks that could not be read, and the folders that could not be looked into for disks."""
+        return sum(outcome.image is None for outcome in outcomes) + self._unlisted
+
     def not_done(self, path: str, image: Optional[DiskImage], error: object) -> Outcome:
         """Tell why what was asked for is not done to a disk, by the exit status, too."""
         self._tell(error)
@@ -192,10 +198,15 @@ def _instances_path() -> str:
         return instances.configured_path(started.configuration, started.prog)
 
 
+def read(outcomes: Iterable[Outcome]) -> list[DiskImage]:
+    """List the disks that could be read; one that is named twice is one."""
+    images = (outcome.image for outcome in outcomes if outcome.image is not None)
+    return list({(image.stamp.device, image.stamp.inode): image for image in images}.values())
+
+
 def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:
     """Add up the disks that could be read, for each filesystem that can be asked."""
-    images = (outcome.image for outcome in outcomes if outcome.image is not None)
-    for mount_point, found in by_mount.together(images, lambda image: image):
+    for mount_point, found in by_mount.together(read(outcomes), lambda image: image):
         with contextlib.suppress(OSError):
             yield _filesystem(mount_point, found)
 
