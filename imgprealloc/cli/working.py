@@ -241,4 +241,7 @@ def _became(before: Optional[FileStamp], after: Optional[FileStamp]) -> str:
         return _GONE
     if before.inode != after.inode:
         return "is done: the new file has its place, with the same content"
-    return "has its content, and is not done: what was under way in it has been cut short; give the command again"
+    return (
+        "has its content, and is not done: what was under way in it has been cut short; give the command again, or, "
+        "where it has grown to its new size already, imgprealloc allocate"
+    )

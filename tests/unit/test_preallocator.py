@@ -227,6 +227,15 @@ def test_create_overwrites_nothing(host: Host, format: str) -> None:
     assert host.calls == []
 
 
+def test_create_does_not_have_a_folder_removed(host: Host) -> None:
+    os.mkdir(host.path())
+
+    with pytest.raises(exceptions.DiskNotFound, match="it names a folder"):
+        Preallocator().create(host.path(), SIZE)
+
+    assert host.calls == []
+
+
 def test_create_follows_no_link_to_nowhere(host: Host) -> None:
     os.symlink(host.path("nowhere"), host.path())
 
