@@ -1278,6 +1278,7 @@ def test_size_is_readable_in_a_table(value: int, readable: str) -> None:
         ["create", "disk", "1.5"],
         ["create", "disk", "0.0001K"],
         ["create", "disk", "-5"],
+        ["create", "--backing-format", "raw", "disk", "1M"],
         ["create", "--mode", "thin", "disk", "1M"],
         ["create", "--overlay-cluster-size", "5", "disk", "1M"],
         ["create", "--overlay-cluster-size", "4K", "disk", "1M"],
