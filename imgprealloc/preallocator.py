@@ -199,8 +199,8 @@ class Preallocator(Settings):
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
             there = place.stat()
-            if there is not None and stat.S_ISDIR(there.st_mode):
-                raise exceptions.DiskNotFound(path, "it names a folder", "Name an image file in it.")
+            if there is not None and not stat.S_ISREG(there.st_mode) and not stat.S_ISLNK(there.st_mode):
+                raise disk_file.no_regular_file(path)
             if there is not None:
                 raise exceptions.DiskExists(path, "there is a file already", "Remove it, or choose another path.")
             promise = self._promise(place)
