@@ -23,6 +23,7 @@ from oslo_config import cfg
 from imgprealloc import exceptions
 from imgprealloc import filesystem
 from imgprealloc import opts
+from imgprealloc import presence
 from imgprealloc import qemu_img
 from imgprealloc import service
 from imgprealloc import storage
@@ -243,7 +244,7 @@ def _given_back(conf: cfg.ConfigOpts) -> Iterator[Finding]:
 
 def _instances_path(conf: cfg.ConfigOpts) -> Finding:
     path = conf.instances_path
-    if not os.path.isdir(path):
+    if not presence.is_there(path):
         return Finding("instances_path", False, f"{path} is not there; create it, or start nova-compute once")
     try:
         under = filesystem.under(path)

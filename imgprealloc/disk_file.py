@@ -198,7 +198,7 @@ def _open(path: str, name: str, folder_fd: int, access: int) -> int:
         raise OSError(exc.errno, exc.strerror, path) from exc
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise _no_regular_file(path)
+        raise no_regular_file(path)
     return fd
 
 
@@ -217,8 +217,9 @@ def _require_regular(path: str) -> None:
     except FileNotFoundError as exc:
         raise exceptions.DiskNotFound(path, "there is no such file", "Check the path.") from exc
     if not stat.S_ISREG(status.st_mode):
-        raise _no_regular_file(path)
+        raise no_regular_file(path)
 
 
-def _no_regular_file(path: str) -> exceptions.DiskNotFound:
+def no_regular_file(path: str) -> exceptions.DiskNotFound:
+    """Say that what is there can be no disk."""
     return exceptions.DiskNotFound(path, "it is not a regular file", "Name an image file, not a device or a folder.")

@@ -75,6 +75,8 @@ Keep guests from giving preallocated space back.
 
 With ``hw_disk_discard = unmap`` in ``[libvirt]`` a TRIM in the guest would free
 the space again. When this is true, disks whose space is held ignore it.
+Before QEMU 9.1 that does not stop zero writes with leave to unmap, as mkfs
+makes them; heal_interval is for these.
 """,
     ),
     cfg.IntOpt(

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import stat
 import time
 from typing import Optional, Union
 
@@ -197,7 +198,10 @@ class Preallocator(Settings):
         with _at_work(path, progress, pace), disk_file.place(path) as place:
             strategy = self._format(place, Word(format or Qcow2.name, "the caller"))
             _check_size(path, size)
-            if place.stat() is not None:
+            there = place.stat()
+            if there is not None and not stat.S_ISREG(there.st_mode) and not stat.S_ISLNK(there.st_mode):
+                raise disk_file.no_regular_file(path)
+            if there is not None:
                 raise exceptions.DiskExists(path, "there is a file already", "Remove it, or choose another path.")
             promise = self._promise(place)
             after = strategy.make(place, _round_up(size, SECTOR), promise, backing, backing_format)

@@ -56,7 +56,8 @@ def _require_holes(path: str, fd: int) -> None:
     except OSError as exc:
         if exc.errno == errno.EBADF:
             # It could only be opened for reading.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path) from exc
+            code = errno.EROFS if os.fstatvfs(fd).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code), path) from exc
         if exc.errno not in fallocate.NOT_SUPPORTED:
             raise
         raise exceptions.UnsupportedFilesystem(

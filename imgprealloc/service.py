@@ -135,8 +135,8 @@ def running(root: str = "/") -> list[Invocation]:
     parents: dict[int, int] = {}
     for name in sorted(filter(str.isdigit, os.listdir(proc)), key=int):
         folder = os.path.join(proc, name)
-        # It may end while it is looked at.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        # It may end while it is looked at, or not be for us to know (proc(5), hidepid=1).
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = _read(folder, "cmdline").split("\0")[:-1]
             place = _place_of_program(words)
             if place is None or _is_nested(proc, folder):

@@ -114,7 +114,8 @@ Cluster size, in bytes, of the overlays that are made.
 A cluster has 32 subclusters, so that the default of 128 KiB lets a guest
 write 4 KiB without copying anything from the base image, also on a full
 filesystem. Smaller clusters need more metadata; larger ones copy when a guest
-writes 4 KiB, and were slower at first writes.
+writes 4 KiB, for which a full XFS may have no room, and were slower at first
+writes.
 """,
         ),
     )

@@ -216,7 +216,7 @@ def demonstrate(kind: str, directory: str, picture_path: str) -> int:
         stock = observe(nova, False, kind, base, guest)
         ours = observe("imgprealloc", True, kind, base, guest)
     print(f"\n{table([stock, ours])}\n")
-    new_file.write(picture_path, draw([stock, ours]), picture.BEGINS)
+    new_file.write_whole(picture_path, draw([stock, ours]), picture.BEGINS)
     print(f"Where the bytes of both are in their files: {picture_path}, for a browser.")
     failures = verdict(stock, ours)
     for failure in failures:

@@ -7,7 +7,9 @@ Exit status: 0 done as asked; 1 an error, or not done as asked; 2 usage; 3 show
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from typing import Optional
 
@@ -36,8 +38,24 @@ class Imgprealloc(app.App):
         logging.getLogger("stevedore").setLevel(logging.WARNING)
 
 
+def _settle_streams() -> None:
+    """Have all three standard files open, and stdout take the names of files as they are.
+
+    In the place of one that is closed a disk would be opened, which programs that we
+    start do not get then; and a name need not be text in anybody's encoding.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command, and return its exit status."""
+    _settle_streams()
     try:
         with signals.stopping():
             # Without any, cliff would open a prompt.

@@ -40,6 +40,8 @@ _DONE: Mapping[TreatmentName, str] = {
 class Allocate(disks.Allocating):
     """Preallocate disks that exist; what their guests read stays the same.
 
+    A disk with data in it stays the same file, unless --rewrite is given; a qcow2
+    disk that nothing was ever written to, and that nobody has open, is made anew.
     All of it is planned first, for each filesystem. What does not fit is left
     out: the disks that need least come first, so that most get their space.
     """
@@ -138,12 +140,15 @@ def _lack(
     :param state: in which it is then
     :param is_done: whether it has been treated already
     """
+    if state == "preallocated":
+        # Whatever the filesystem could do for others.
+        return None
     wanted = "reserved"
     if not strategy.holds_space(image.path):
         wanted = "mapped" if image.format == "qcow2" else "thin"
     elif is_rewritten or strategy.mode == "full":
         wanted = "preallocated"
-    if state in (wanted, "preallocated"):
+    if state == wanted:
         return None
     if is_rewritten:
         found = f"it is {state}, and was not rewritten" if is_done else f"it would be {state}, and not rewritten"

@@ -50,8 +50,8 @@ class Check(working.Working):
     def take_action(self, parsed_args: argparse.Namespace) -> int:
         """Look at all disks, and return the exit status."""
         outcomes = self.look_at(parsed_args)
-        states = collections.Counter(outcome.image.state for outcome in outcomes if outcome.image)
-        errors = sum(outcome.image is None for outcome in outcomes)
+        states = collections.Counter(image.state for image in working.read(outcomes))
+        errors = self.unread(outcomes)
         found = list(working.by_filesystem(outcomes))
         full = [each for each in found if each.short > each.available]
         if full:

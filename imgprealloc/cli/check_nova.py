@@ -18,7 +18,9 @@ class CheckNova(lister.Lister):
 
     examples = (
         Example("Ask as the user of nova-compute, who may see less", "sudo -u nova imgprealloc check-nova"),
-        Example("Ask before a configuration is put in its place", "imgprealloc check-nova --config-file ./nova.conf"),
+        Example(
+            "Ask where nothing tells how nova-compute is started", "imgprealloc check-nova --config-file ./nova.conf"
+        ),
     )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

@@ -23,8 +23,10 @@ class Create(disks.Allocating):
         ),
     )
 
+    format_help = "the disk's format (default: qcow2)"
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = super().get_parser(prog_name)
+        parser = self._parser = super().get_parser(prog_name)
         parser.add_argument("--backing", metavar="FILE", help="backing file, absolute or relative to the disk's folder")
         parser.add_argument("--backing-format", metavar="FORMAT", help="its format; has to be said, it is not guessed")
         parser.add_argument("path", metavar="PATH")
@@ -33,6 +35,8 @@ class Create(disks.Allocating):
 
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Create the disk; qcow2 unless --disk-format says raw."""
+        if parsed_args.backing is None and parsed_args.backing_format is not None:
+            self._parser.error("--backing-format is that of a backing file: name it, by --backing FILE")
 
         def work(path: str) -> DiskImage:
             with self.progress_bar(1).of(path) as progress:

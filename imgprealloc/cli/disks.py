@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import io
 import os
@@ -17,12 +18,18 @@ from cliff import lister
 from cliff.columns import FormattableColumn
 from oslo_utils import units
 
+from imgprealloc import disk_file
 from imgprealloc import exceptions
+from imgprealloc import log
+from imgprealloc import mounts
 from imgprealloc import settings
 from imgprealloc import sizes
+from imgprealloc import storage
+from imgprealloc import zeros
 from imgprealloc.cli import working
 from imgprealloc.cli.progress_bar import ProgressBar
 from imgprealloc.cli.working import Outcome
+from imgprealloc.image import DiskImage
 from imgprealloc.pace import Pace
 from imgprealloc.preallocator import Preallocator
 
@@ -204,6 +211,14 @@ class Allocating(Paced):
             )
         return parser
 
+    def shown(
+        self, outcomes: list[Outcome], parsed_args: argparse.Namespace
+    ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
+        """Warn also of what is not held below the filesystem."""
+        for image in working.read(outcomes):
+            tell_thin_storage(image)
+        return super().shown(outcomes, parsed_args)
+
     @staticmethod
     def default(field: dataclasses.Field[Any]) -> Any:
         """Return what a setting is where nothing else is asked for."""
@@ -213,6 +228,27 @@ class Allocating(Paced):
     def preallocator(parsed_args: argparse.Namespace) -> Preallocator:
         """Return the strategy that the options describe."""
         return Preallocator(**{field.name: getattr(parsed_args, field.name) for field in settings.fields()})
+
+
+def nothing_to_tell() -> contextlib.suppress:
+    """Keep to oneself what cannot be found out about a disk only to warn of it."""
+    # Of a disk that cannot be looked at, the look itself tells.
+    return contextlib.suppress(exceptions.PreallocationError, OSError, ValueError)
+
+
+def tell_thin_storage(image: DiskImage) -> None:
+    """Warn, once a filesystem, of storage that does not hold what a disk on it has set aside and not written."""
+    if not image.held:
+        return
+    with nothing_to_tell(), disk_file.opened(image.path) as file:
+        thin = storage.thin_below(file.fd)
+        if thin and zeros.has_unwritten(file.fd, more_than=zeros.MOST_OF_METADATA):
+            mount = mounts.of(file.fd)
+            log.warn_once(
+                "thin storage",
+                image.path if mount is None else mount.point,
+                f"thin storage below: {thin}; what mode falloc sets aside is not held there, what mode full writes is",
+            )
 
 
 def size(text: str) -> int:

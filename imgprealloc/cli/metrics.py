@@ -6,12 +6,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, get_args
 
+from imgprealloc.cli import new_file
 from imgprealloc.cli import working
 from imgprealloc.cli.examples import Example
 from imgprealloc.image import State
 
 if TYPE_CHECKING:
     import prometheus_client
+
+_BEGINS = "# HELP imgprealloc_"
+"""How a file of metrics begins."""
 
 
 class Metrics(working.Working):
@@ -31,7 +35,8 @@ class Metrics(working.Working):
             "-o",
             "--output",
             metavar="FILE",
-            help="write FILE, and let it appear only when it is whole; its name ends in .prom",
+            help="write FILE, and let it appear only when it is whole; older metrics are replaced, and nothing else. "
+            "node_exporter wants its name to end in .prom",
         )
         working.add_paths(parser)
         return parser
@@ -41,19 +46,25 @@ class Metrics(working.Working):
         # It reads of this process what it can as it is imported, and cliff imports this module for every verb.
         import prometheus_client
 
-        registry = _registry(self.look_at(parsed_args))
+        outcomes = self.look_at(parsed_args)
+        text = prometheus_client.generate_latest(_registry(outcomes, self.unread(outcomes))).decode()
         if parsed_args.output is None:
-            self.app.stdout.write(prometheus_client.generate_latest(registry).decode())
+            self.app.stdout.write(text)
             return self.status
         try:
-            prometheus_client.write_to_textfile(parsed_args.output, registry)
+            new_file.write_whole(parsed_args.output, text, _BEGINS)
+        except new_file.InTheWay as exc:
+            self._tell(exc)
         except OSError as exc:
-            self.app.LOG.error("%s: %s. Check the folder and its permissions.", parsed_args.output, exc.strerror)
-            return 1
+            self._tell(f"{parsed_args.output}: {exc.strerror}. Check the folder and its permissions.")
         return self.status
 
 
-def _registry(outcomes: list[working.Outcome]) -> prometheus_client.CollectorRegistry:
+def _registry(outcomes: list[working.Outcome], unread: int) -> prometheus_client.CollectorRegistry:
+    """Make metrics of what was found.
+
+    :param unread: how many disks, and folders, could not be read
+    """
     import prometheus_client
 
     registry = prometheus_client.CollectorRegistry()
@@ -69,7 +80,7 @@ def _registry(outcomes: list[working.Outcome]) -> prometheus_client.CollectorReg
             disks.labels(found.mount_point, state).set(found.states[state])
         short.labels(found.mount_point).set(found.short)
         available.labels(found.mount_point).set(found.available)
-    errors = gauge("errors", "Disks that could not be read.")
-    errors.set(sum(outcome.image is None for outcome in outcomes))
+    errors = gauge("errors", "Disks that could not be read, and folders that could not be looked into for disks.")
+    errors.set(unread)
     gauge("look_timestamp_seconds", "When the disks were looked at.").set_to_current_time()
     return registry

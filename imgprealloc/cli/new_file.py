@@ -12,7 +12,7 @@ class InTheWay(Exception):
     """There is something that is not to be replaced."""
 
 
-def write(path: str, content: str, begins: str) -> None:
+def write_whole(path: str, content: str, begins: str) -> None:
     """Write a text to a file beside the one that may be there, and put it in its place.
 
     :param begins: how a file begins that may be replaced, so that a disk that is

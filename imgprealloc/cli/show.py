@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from typing import Any, get_args
 
@@ -12,12 +11,9 @@ from imgprealloc import backing
 from imgprealloc import disk_file
 from imgprealloc import exceptions
 from imgprealloc import log
-from imgprealloc import mounts
 from imgprealloc import presence
 from imgprealloc import replacement
 from imgprealloc import sizes
-from imgprealloc import storage
-from imgprealloc import zeros
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
 from imgprealloc.cli import new_file
@@ -83,8 +79,7 @@ class Show(disks.Disks):
             # Also where a crash has come before there was a disk.
             _tell_leftovers(path)
             image = Preallocator().inspect(path, format=parsed_args.disk_format)
-            if image.held:
-                _tell_thin_storage(path)
+            disks.tell_thin_storage(image)
             if image.backing_file is not None:
                 _tell_missing_base(path, image.backing_file)
             return image
@@ -105,7 +100,7 @@ class Show(disks.Disks):
             try:
                 found = Preallocator().layout(image.path, format=image.format)
                 panel = picture.Panel(image.path, f"{image.format}, {image.state}", found)
-                new_file.write(target, picture.svg([panel]), picture.BEGINS)
+                new_file.write_whole(target, picture.svg([panel]), picture.BEGINS)
             except (exceptions.PreallocationError, new_file.InTheWay) as exc:
                 self._tell(exc)
             except OSError as exc:
@@ -116,27 +111,9 @@ def _state(outcome: working.Outcome) -> str:
     return outcome.image.state if outcome.image else "error"
 
 
-def _nothing_to_tell() -> contextlib.suppress:
-    # Of a disk that cannot be looked at, the look itself tells.
-    return contextlib.suppress(exceptions.PreallocationError, OSError, ValueError)
-
-
-def _tell_thin_storage(path: str) -> None:
-    """Warn, once a filesystem, of storage that does not hold what a disk on it has set aside and not written."""
-    with _nothing_to_tell(), disk_file.opened(path) as file:
-        thin = storage.thin_below(file.fd)
-        if thin and zeros.has_unwritten(file.fd, more_than=zeros.MOST_OF_METADATA):
-            mount = mounts.of(file.fd)
-            log.warn_once(
-                "thin storage",
-                path if mount is None else mount.point,
-                f"thin storage below: {thin}; what mode falloc sets aside is not held there, what mode full writes is",
-            )
-
-
 def _tell_missing_base(path: str, backing_file: str) -> None:
     """Warn of a backing file that is not there. It is not opened: a guest may have written its name."""
-    with _nothing_to_tell(), disk_file.opened(path) as file:
+    with disks.nothing_to_tell(), disk_file.opened(path) as file:
         if not backing.names_protocol(backing_file) and not presence.is_there(file.beside(backing_file)):
             log.warn_once(
                 "missing base",
@@ -148,7 +125,7 @@ def _tell_missing_base(path: str, backing_file: str) -> None:
 
 def _tell_leftovers(path: str) -> None:
     """Warn of what an imgprealloc that was killed has left beside a disk."""
-    with _nothing_to_tell(), disk_file.place(os.path.realpath(path)) as place:
+    with disks.nothing_to_tell(), disk_file.place(os.path.realpath(path)) as place:
         for left in replacement.leftovers(place):
             log.warn_once(
                 "left",

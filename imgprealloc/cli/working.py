@@ -82,15 +82,16 @@ class Working(command.Command):
 
     status = 0
     examples: Sequence[Example] = ()
+    format_help = (
+        "the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, else a "
+        "guess by its first bytes, under which no byte of it is changed"
+    )
+    # Folders that were meant, and cannot be looked into, or are not even known.
+    _unlisted = 0
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
-        parser.add_argument(
-            "--disk-format",
-            choices=sorted(FORMATS),
-            help="the disk's format; else what Nova's disk.info beside it, or libvirt's record of its instance, says, "
-            "else a guess by its first bytes, under which no byte of it is changed",
-        )
+        parser.add_argument("--disk-format", choices=sorted(FORMATS), help=self.format_help)
         examples.add(parser, self.examples)
         return parser
 
@@ -111,12 +112,14 @@ class Working(command.Command):
             meant = paths or [_instances_path()]
         except cfg.Error as exc:
             self._tell(f"nova.conf does not tell where instances are: {exc}. Name a folder.")
+            self._unlisted += 1
             return []
         for path in meant:
             try:
                 below = list(instances.disks_below(path)) if os.path.isdir(path) else [path]
             except OSError as exc:
                 self._tell(f"{path}: {exc.strerror}. Check the path and its permissions.")
+                self._unlisted += 1
                 continue
             if paths and not below:
                 self._tell(f"{path}: there is no disk of an instance in it. Check the path.")
@@ -171,6 +174,10 @@ class Working(command.Command):
 
         return self.each(self.named(parsed_args.paths), look, at_once=abreast.cpus())
 
+    def unread(self, outcomes: Iterable[Outcome]) -> int:
+        """Count the disks that could not be read, and the folders that could not be looked into for disks."""
+        return sum(outcome.image is None for outcome in outcomes) + self._unlisted
+
     def not_done(self, path: str, image: Optional[DiskImage], error: object) -> Outcome:
         """Tell why what was asked for is not done to a disk, by the exit status, too."""
         self._tell(error)
@@ -191,10 +198,15 @@ def _instances_path() -> str:
         return instances.configured_path(started.configuration, started.prog)
 
 
+def read(outcomes: Iterable[Outcome]) -> list[DiskImage]:
+    """List the disks that could be read; one that is named twice is one."""
+    images = (outcome.image for outcome in outcomes if outcome.image is not None)
+    return list({(image.stamp.device, image.stamp.inode): image for image in images}.values())
+
+
 def by_filesystem(outcomes: Iterable[Outcome]) -> Iterator[Filesystem]:
     """Add up the disks that could be read, for each filesystem that can be asked."""
-    images = (outcome.image for outcome in outcomes if outcome.image is not None)
-    for mount_point, found in by_mount.together(images, lambda image: image):
+    for mount_point, found in by_mount.together(read(outcomes), lambda image: image):
         with contextlib.suppress(OSError):
             yield _filesystem(mount_point, found)
 
@@ -229,4 +241,7 @@ def _became(before: Optional[FileStamp], after: Optional[FileStamp]) -> str:
         return _GONE
     if before.inode != after.inode:
         return "is done: the new file has its place, with the same content"
-    return "has its content, and is not done: what was under way in it has been cut short; give the command again"
+    return (
+        "has its content, and is not done: what was under way in it has been cut short; give the command again, or, "
+        "where it has grown to its new size already, imgprealloc allocate"
+    )

@@ -135,6 +135,40 @@ def test_fifo_of_the_name_disk_info_is_not_waited_for(imgprealloc: Command, fold
     assert shown(imgprealloc("show", "-f", "json", "disk"))["format"] == "raw"
 
 
+@pytest.mark.parametrize("closed", [(2,), (1,), (0, 1, 2)], ids=str)
+def test_disk_is_not_opened_as_a_standard_file_that_is_closed(folder: pathlib.Path, closed: tuple[int, ...]) -> None:
+    disk = images.sparse_file(folder / "disk", 8 * MiB)
+
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "imgprealloc.cli", "allocate", "--mode", "full", "--disk-format", "raw", disk],
+        capture_output=True, text=True, check=False, timeout=30, preexec_fn=close,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert images.holes(disk) == 0
+    assert images.file_digest(disk) == images.file_digest(images.sparse_file(folder / "zeros", 8 * MiB))
+
+
+@pytest.mark.parametrize("form", ["table", "value", "csv"])
+def test_name_that_is_no_text_is_told_as_it_is(folder: pathlib.Path, form: str) -> None:
+    name = b"d\xffsk"
+    os.close(os.open(os.fsencode(folder) + b"/" + name, os.O_WRONLY | os.O_CREAT))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "imgprealloc.cli", "show", "--disk-format", "raw", "-f", form, name],
+        capture_output=True, check=False, timeout=30, cwd=folder,
+        # As where the locale is one in UTF-8.
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["btrfs"])
 def test_disks_of_two_subvolumes_are_added_up_once(imgprealloc: Command, folder: pathlib.Path, kind: str) -> None:
     disks = []

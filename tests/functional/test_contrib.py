@@ -263,6 +263,16 @@ def test_playbook_s_check_looks_and_plans_and_changes_nothing(
     assert played.changed == {"first": 0, "second": 0}
 
 
+def test_playbook_stops_where_it_cannot_be_known_which_disks_there_are(
+    programs: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    played = play(programs, tmp_path, imgprealloc_paths=[str(folder)])
+
+    assert played.status != 0
+    assert "fatal: [first]: FAILED" in played.tasks["Look at the disks"]
+    assert list(played.changed) == ["first"]
+
+
 def test_playbook_leaves_free_what_it_is_told_to_and_stops_where_it_cannot_mend(
     programs: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -133,6 +133,24 @@ def test_show_tells_once_of_thin_storage_below_disks_that_are_not_written(tight:
     assert f"{tight}: thin storage below" in done.stderr
 
 
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("argv", [["create", "disk", "16M"], ["resize", "disk", "24M"], ["allocate", "disk"]])
+def test_whoever_has_space_set_aside_is_told_that_it_is_not_held(
+    tight: pathlib.Path, argv: list[str], mode: str
+) -> None:
+    if argv[0] != "create":
+        Preallocator("full").create(tight / "disk", 16 * MiB)
+    if argv[0] == "allocate":
+        Preallocator().thin(tight / "disk", rewrite=True, format="qcow2")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "imgprealloc.cli", argv[0], "--mode", mode, "--disk-format", "qcow2", *argv[1:]],
+        cwd=tight, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert done.stderr.count("thin storage below: loop") == (mode == "falloc")
+
+
 @on_devices
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_show_tells_nothing_of_a_disk_that_is_written_in_full(tight: pathlib.Path, format: str) -> None:

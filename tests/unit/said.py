@@ -157,7 +157,7 @@ def _said_by(source: _Source, call: ast.Call) -> Iterator[Said]:
         if ast.unparse(call.func.value).endswith("LOG"):
             kind = "command" if "app" in ast.unparse(call.func.value) else "warning"
             yield from _each(kind, source, call.args[0])
-    elif name in ("_tell", "ArgumentTypeError", "ValueError") and call.args:
+    elif name in ("_tell", "ArgumentTypeError", "InTheWay", "ValueError") and call.args:
         yield from _each("command", source, call.args[0])
 
 

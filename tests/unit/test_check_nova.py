@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from typing import Any
 
+import fixtures
 from oslo_config import cfg
 import pytest
 
@@ -21,6 +24,7 @@ def _conf(tmp_path: pathlib.Path, text: str = "") -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     conf.register_opt(cfg.StrOpt("compute_driver", default=check_nova.DRIVER))
     conf.register_opt(cfg.StrOpt("hw_disk_discard"), group="libvirt")
+    conf.register_opt(cfg.StrOpt("instances_path", default=str(tmp_path / "instances")))
     opts.register(conf)
     conf(["--config-file", str(path)], default_config_files=[], default_config_dirs=[])
     return conf
@@ -70,3 +74,30 @@ def test_missing_qemu_img_is_told_once(host: Host, tmp_path: pathlib.Path) -> No
     host.uninstall("qemu-img")
 
     assert not list(check_nova._given_back(_conf(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied; run this as the user of nova-compute"),
+        (FileNotFoundError(2, "No such file or directory"), "is not there; create it"),
+    ],
+)
+def test_folder_that_somebody_may_not_look_at_is_not_said_to_be_missing(
+    tmp_path: pathlib.Path, error: OSError, said: str
+) -> None:
+    folder = str(tmp_path / "instances")
+
+    def refused(function: Any) -> Any:
+        def refuse(path: Any, *more: Any, **named: Any) -> Any:
+            if str(path).startswith(folder):
+                raise error
+            return function(path, *more, **named)
+
+        return fixtures.MockPatchObject(os, function.__name__, refuse)
+
+    with refused(os.stat), refused(os.open):
+        found = check_nova._instances_path(_conf(tmp_path))
+
+    assert not found.good
+    assert said in found.detail

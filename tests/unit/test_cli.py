@@ -12,9 +12,11 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 from xml.etree import ElementTree
 
 import fixtures
+from oslo_config import cfg
 from oslo_utils import units
 from prometheus_client import parser
 import pytest
@@ -27,6 +29,7 @@ from imgprealloc import service
 from imgprealloc import sizes
 from imgprealloc.cli import abreast
 from imgprealloc.cli import disks
+from imgprealloc.filesystem import Filesystem
 from imgprealloc.image import FileStamp
 
 from .host import SIZE
@@ -704,6 +707,15 @@ def test_filesystem_that_cannot_give_what_its_disks_may_ask_for_is_critical(host
     assert f"has {sizes.readable(SIZE - 1)}, and its disks are {sizes.readable(SIZE)} short" in told.out
 
 
+def test_disk_that_is_named_twice_is_short_once(host: Host, run: Run) -> None:
+    disk = host.raw()
+    host.available = SIZE
+
+    told = run("check", disk, os.path.join(host.folder, ".", "disk"))
+
+    assert told.out.startswith(f"DISKS WARNING: 1 thin | short={SIZE}B ")
+
+
 def test_disk_that_cannot_be_read_is_unknown(host: Host, run: Run) -> None:
     told = run("check", host.path("missing"), host.raw(held=SIZE))
 
@@ -744,7 +756,7 @@ def test_metrics_tell_states_and_bytes_by_filesystem(host: Host, run: Run) -> No
 
 def test_metrics_are_written_to_a_file_that_is_whole_or_as_it_was(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
     target = tmp_path / "imgprealloc.prom"
-    target.write_text("old")
+    target.write_text("# HELP imgprealloc_disks old")
     before = target.stat().st_ino
 
     told = run("metrics", "-o", str(target), host.raw(held=SIZE))
@@ -760,6 +772,40 @@ def test_metrics_that_cannot_be_written_are_an_error(host: Host, run: Run) -> No
 
     assert told.status == 1
     assert "/nowhere/imgprealloc.prom: No such file or directory" in told.err
+
+
+def test_metrics_do_not_take_a_disk_s_place(host: Host, run: Run) -> None:
+    disk = host.qcow2()
+    before = host.content(disk)
+
+    told = run("metrics", "-o", disk, disk)
+
+    assert told.status == 1
+    assert f"{disk}: what is there does not begin with # HELP imgprealloc_, and may be a disk" in told.err
+    assert (host.content(disk), host.files) == (before, ["disk"])
+
+
+def refused(*_: object) -> None:
+    raise PermissionError(13, os.strerror(13))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["a folder", "nova.conf"])
+def test_what_cannot_be_looked_into_for_disks_is_an_error_in_the_metrics(host: Host, run: Run, named: bool) -> None:
+    fault = fixtures.MockPatchObject(instances, "disks_below", refused)
+    if not named:
+        unreadable = mock.Mock(side_effect=cfg.ConfigFileParseError("nova.conf", "no section"))
+        fault = fixtures.MockPatchObject(instances, "configured_path", unreadable)
+
+    with fault:
+        told = run("metrics", *([host.folder] if named else []))
+        checked = run("check", *([host.folder] if named else []))
+
+    assert (told.status, metrics(told.out)["imgprealloc_errors"]) == (1, 1)
+    assert checked.out.startswith("DISKS UNKNOWN: 1 cannot be read | short=0B errors=1 ")
+
+
+def test_folder_without_disks_is_no_error_in_the_metrics(host: Host, run: Run) -> None:
+    assert metrics(run("metrics", host.folder).out)["imgprealloc_errors"] == 0
 
 
 # check-nova
@@ -890,6 +936,18 @@ def test_rewriting_that_has_no_room_is_1(host: Host, run: Run) -> None:
     assert ended.status == 1
     assert json.loads(ended.out)[0]["state"] == "reserved"
     assert "was not rewritten" in ended.err
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []], ids=" ".join)
+def test_disk_that_has_all_its_space_is_done_also_where_no_other_could_have_it(
+    host: Host, run: Run, more: list[str]
+) -> None:
+    host.filesystem = Filesystem("nfs", fallocate=False, copy_on_write=False)
+
+    told = run("allocate", *more, "--on-unsupported", "error", "-f", "json", host.raw(held=SIZE))
+
+    (row,) = json.loads(told.out)
+    assert (told.status, row["state"], row["error"]) == (0, "preallocated", None)
 
 
 def test_allocate_goes_on_after_a_disk_that_it_cannot_preallocate(host: Host, run: Run) -> None:
@@ -1220,6 +1278,7 @@ def test_size_is_readable_in_a_table(value: int, readable: str) -> None:
         ["create", "disk", "1.5"],
         ["create", "disk", "0.0001K"],
         ["create", "disk", "-5"],
+        ["create", "--backing-format", "raw", "disk", "1M"],
         ["create", "--mode", "thin", "disk", "1M"],
         ["create", "--overlay-cluster-size", "5", "disk", "1M"],
         ["create", "--overlay-cluster-size", "4K", "disk", "1M"],
@@ -1283,6 +1342,13 @@ def test_help_of_a_verb_is_the_verb_s(run: Run, verb: str) -> None:
 
     assert told.status == 0
     assert f" {verb} [-h]" in told.out
+
+
+def test_help_tells_the_format_of_what_is_made_and_how_that_of_what_is_there_is_found(run: Run) -> None:
+    made, there = (" ".join(run(verb, "--help").out.split()) for verb in ("create", "resize"))
+
+    assert "the disk's format (default: qcow2)" in made
+    assert ("first bytes" in made, "first bytes" in there) == (False, True)
 
 
 def test_without_arguments_the_help_is_printed(run: Run) -> None:

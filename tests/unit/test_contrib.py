@@ -25,7 +25,7 @@ _ITS_LABELS = {"instance", "job"}
 
 def given() -> dict[str, set[str]]:
     """List the metrics that the command gives, and their labels."""
-    registry: Any = metrics._registry([])
+    registry: Any = metrics._registry([], 0)
     return {family.name: set(registry._names_to_collectors[family.name]._labelnames) for family in registry.collect()}
 
 

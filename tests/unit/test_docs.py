@@ -249,7 +249,7 @@ def test_every_column_of_the_formats_for_machines_is_explained() -> None:
 
 
 def test_every_metric_is_explained() -> None:
-    registry = metrics._registry([])
+    registry = metrics._registry([], 0)
 
     names = {name for name in registry._names_to_collectors if name.startswith("imgprealloc_")}
     assert set(_first_cells("monitor.rst", "for Prometheus")) == names

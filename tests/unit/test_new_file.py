@@ -13,7 +13,7 @@ OLD, NEW = "<svg>old</svg>", "<svg>new</svg>"
 
 
 def test_file_is_written(tmp_path: pathlib.Path) -> None:
-    new_file.write(str(tmp_path / "new.svg"), NEW, "<svg")
+    new_file.write_whole(str(tmp_path / "new.svg"), NEW, "<svg")
 
     assert os.listdir(tmp_path) == ["new.svg"]
     assert (tmp_path / "new.svg").read_text() == NEW
@@ -24,7 +24,7 @@ def test_older_one_is_replaced_by_another_file(tmp_path: pathlib.Path) -> None:
     target.write_text(OLD)
     before = target.stat().st_ino
 
-    new_file.write(str(target), NEW, "<svg")
+    new_file.write_whole(str(target), NEW, "<svg")
 
     assert (target.read_text(), os.listdir(tmp_path)) == (NEW, ["old.svg"])
     assert target.stat().st_ino != before
@@ -36,7 +36,7 @@ def test_disk_that_is_named_by_mistake_stays(tmp_path: pathlib.Path, content: by
     disk.write_bytes(content)
 
     with pytest.raises(new_file.InTheWay, match="may be a disk"):
-        new_file.write(str(disk), NEW, "<svg")
+        new_file.write_whole(str(disk), NEW, "<svg")
 
     assert (disk.read_bytes(), os.listdir(tmp_path)) == (content, ["disk"])
 
@@ -45,7 +45,7 @@ def test_fifo_is_not_waited_for(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "fifo")
 
     with pytest.raises(new_file.InTheWay):
-        new_file.write(str(tmp_path / "fifo"), NEW, "<svg")
+        new_file.write_whole(str(tmp_path / "fifo"), NEW, "<svg")
 
 
 def test_failure_leaves_the_older_one_and_nothing_beside_it(tmp_path: pathlib.Path) -> None:
@@ -56,6 +56,6 @@ def test_failure_leaves_the_older_one_and_nothing_beside_it(tmp_path: pathlib.Pa
         raise OSError(28, os.strerror(28))
 
     with fixtures.MockPatchObject(os, "fsync", fail), pytest.raises(OSError, match="No space"):
-        new_file.write(str(target), NEW, "<svg")
+        new_file.write_whole(str(target), NEW, "<svg")
 
     assert (target.read_text(), os.listdir(tmp_path)) == (OLD, ["old.svg"])

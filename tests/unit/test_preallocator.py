@@ -227,6 +227,16 @@ def test_create_overwrites_nothing(host: Host, format: str) -> None:
     assert host.calls == []
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "FIFO"])
+def test_create_does_not_advise_to_remove_what_is_no_disk(host: Host, make: Callable[[str], None]) -> None:
+    make(host.path())
+
+    with pytest.raises(exceptions.DiskNotFound, match="it is not a regular file"):
+        Preallocator().create(host.path(), SIZE)
+
+    assert host.calls == []
+
+
 def test_create_follows_no_link_to_nowhere(host: Host) -> None:
     os.symlink(host.path("nowhere"), host.path())
 

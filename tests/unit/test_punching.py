@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from typing import Any
+from unittest import mock
 
 import fixtures
 from oslo_utils import units
@@ -149,6 +150,15 @@ def test_file_that_may_only_be_read_is_a_matter_of_permissions(programs: Program
         punching.give_back(str(file), disk.fileno())
 
     assert programs.calls == []
+
+
+def test_filesystem_that_may_only_be_read_is_no_matter_of_permissions(programs: Programs, file: pathlib.Path) -> None:
+    with (
+        file.open("rb") as disk,
+        fixtures.MockPatchObject(os, "fstatvfs", lambda fd: mock.Mock(f_flag=os.ST_RDONLY)),
+        pytest.raises(OSError, match="Read-only file system"),
+    ):
+        punching.give_back(str(file), disk.fileno())
 
 
 def test_process_prints_how_far_it_is_as_we_read_it(file: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,20 @@ def test_another_user_s_is_named_with_the_way_out(host: Host) -> None:
     assert "as nova-compute's user, or as root" in found.unknown
 
 
+def test_what_runs_and_is_hidden_from_us_keeps_us_from_nothing(host: Host) -> None:
+    host.runs("nova-compute", pid=10)
+    host.runs("nova-compute", pid=11)
+    real = service._read
+
+    def refused(folder: str, name: str) -> str:
+        if folder.endswith("/10"):
+            raise PermissionError(1, "Operation not permitted", folder)
+        return real(folder, name)
+
+    with fixtures.MockPatchObject(service, "_read", refused):
+        assert [found.pid for found in host.running()] == [11]
+
+
 def test_interpreter_is_looked_for_where_the_process_would(host: Host, tmp_path: pathlib.Path) -> None:
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "python3").symlink_to(sys.executable)

@@ -173,7 +173,13 @@ def replaced(disk: pathlib.Path) -> None:
         (lambda disk: disk.touch(), lambda disk: None, "is as it was"),
         (lambda disk: disk.touch(), replaced, "is done: the new file has its place"),
         (lambda disk: disk.touch(), lambda disk: disk.unlink(), "cannot be looked at any more"),
-        (lambda disk: disk.touch(), lambda disk: os.truncate(disk, 9), "has its content, and is not done"),
+        (
+            lambda disk: disk.touch(),
+            lambda disk: os.truncate(disk, 9),
+            "has its content, and is not done: what was under way in it has been cut short; give the command again, "
+            # As which a growth is refused whose size it has.
+            "or, where it has grown to its new size already, imgprealloc allocate",
+        ),
     ],
 )
 def test_line_tells_what_became_of_the_disk(
