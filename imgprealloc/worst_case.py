@@ -81,16 +81,16 @@ def size(header: Header, image_end: int, clusters: int, growing: int) -> int:
     return _with_refcounts(end, in_a_block) * cluster_size
 
 
-def length(virtual_size: int, cluster_size: int, *, extended_l2: bool) -> int:
+def length(virtual_size: int, cluster_size: int, *, extended_l2: bool, refcount_bits: int = 16) -> int:
     """Return how long a qcow2 file is at the most that qemu-img makes with all its clusters mapped, in bytes.
 
     That is its clusters and their L2 tables, an L1 table, the place of one from
     which it has moved as the disk was grown, a header, a refcount table, and
-    refcount blocks, of 16 bits.
+    refcount blocks.
     """
     clusters = _divided(virtual_size, cluster_size)
     l2_tables = _divided(clusters, cluster_size // (_EXTENDED_L2_ENTRY if extended_l2 else _L2_ENTRY))
-    in_a_block = cluster_size * 8 // 16
+    in_a_block = cluster_size * 8 // refcount_bits
     end = clusters + l2_tables + 2 * _divided(l2_tables * _ENTRY, cluster_size) + 2
     return _with_refcounts(end, in_a_block) * cluster_size
 
