@@ -41,6 +41,7 @@ _MARK = stat.S_ISVTX
 _PATIENCE = 30
 
 _ACL = "system.posix_acl_access"
+_COMPRESSION = "btrfs.compression"
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # linux/fs.h
@@ -122,7 +123,7 @@ def replacing(
             judge(file)
             _refuse_other(file)
         try:
-            _copy_attributes(disk.fd, file.fd)
+            _copy_attributes(disk.path, disk.fd, file.fd)
         except PermissionError as exc:
             raise _owner_not_kept(disk.path, "its owner, mode, ACL or label") from exc
         # Not every writer heeds QEMU's lock. A reader is worth waiting for, now
@@ -326,8 +327,11 @@ def _owner_not_kept(path: str, what: str) -> exceptions.OwnerNotKept:
     )
 
 
-def _copy_attributes(source: int, target: int) -> None:
-    """Give the new file the mode, owner and extended attributes of the disk, and leave our mark on it."""
+def _copy_attributes(path: str, source: int, target: int) -> None:
+    """Give the new file the mode, owner and extended attributes of the disk, and leave our mark on it.
+
+    :param path: the disk, for what is told
+    """
     status = os.fstat(source)
     if (status.st_uid, status.st_gid) != (os.fstat(target).st_uid, os.fstat(target).st_gid):
         os.fchown(target, status.st_uid, status.st_gid)
@@ -342,7 +346,17 @@ def _copy_attributes(source: int, target: int) -> None:
         # SELinux and the like label a new file by themselves, mostly rightly,
         # and may not let us do it.
         if present.get(name) != value:
-            os.setxattr(target, name, value)
+            _set_attribute(path, target, name, value)
+
+
+def _set_attribute(path: str, fd: int, name: str, value: bytes) -> None:
+    try:
+        os.setxattr(fd, name, value)
+    except OSError as exc:
+        if name != _COMPRESSION or exc.errno != errno.EINVAL:
+            raise
+        # btrfs compresses no file that is not copied on write, and no other holds its space.
+        log.warn_once("compression", path, "made anew, it is not compressed any more (chattr +c), to hold its space")
 
 
 def _set_mode(fd: int, mode: int) -> None:
