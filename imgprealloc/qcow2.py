@@ -45,6 +45,7 @@ _CLUSTER_SIZE = 64 * units.Ki
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _PROTOCOL = "is named by a protocol of QEMU's"
 _NO_ROOM = "there is no room for a new disk beside it"
+_WAITS = "it was not closed well, and its refcounts wait for their repair, which QEMU does at its instance's next start"
 _NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
 
@@ -126,6 +127,10 @@ class Qcow2(format.Format):
                 file.path,
                 "its header says that it has bitmaps, and not where; qemu-img would mark it corrupt as it grows",
                 "Nothing was changed; copy it with qemu-img convert, and take the copy.",
+            )
+        if image.waits_for_repair:
+            raise exceptions.BrokenImage(
+                file.path, _WAITS, "Nothing was changed; start it, or run qemu-img check -r all, then try again."
             )
         if promise.mode != "metadata":
             promise.require_space(file, size - image.virtual_size, file.fd)
@@ -584,6 +589,8 @@ def _tell_version(place: Place, kept: Mapping[str, str], backing_file: Optional[
 
 def _obstacle(file: DiskFile, image: DiskImage) -> Optional[str]:
     """Say why a disk cannot be replaced by a copy, if it cannot."""
+    if image.waits_for_repair:
+        return f"{_WAITS} (qemu-img check -r all)"
     if image.snapshots:
         return "it has internal snapshots, which a copy would lose (qemu-img snapshot -d deletes them)"
     if image.bitmaps:

@@ -54,7 +54,8 @@ _RAW_DATA = 1 << 1
 # Of the compatible features: refcounts are written when the image is closed.
 _LAZY_REFCOUNTS = 1 << 0
 
-# Of the incompatible features; the others are marks of dirt, and so on.
+# Of the incompatible features. Refcounts were not written when the image was last closed:
+_DIRTY = 1 << 0
 _CORRUPT = 1 << 1
 # The data is in another file, which QEMU opens by the name that is in the header.
 _DATA_FILE = 1 << 2
@@ -137,6 +138,11 @@ class Header:
     def corrupt(self) -> bool:
         """Whether QEMU has marked the image corrupt."""
         return bool(self.incompatible & _CORRUPT)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether its refcounts may have been lost with whoever had it open, so that QEMU repairs them at first."""
+        return bool(self.incompatible & _DIRTY)
 
     @property
     def encrypted(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import images
 import pytest
@@ -418,7 +419,7 @@ def _compressible(folder: pathlib.Path) -> pathlib.Path:
 
 # What kind of qcow2 it is: as it was made, so it is when it is made anew.
 
-KINDS: tuple[dict[str, str | int], ...] = (
+KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"compat": "0.10"},
     {"refcount_bits": 1},
@@ -438,7 +439,7 @@ def kind_of(path: pathlib.Path) -> dict[str, object]:
     return {"cluster_size": told["cluster-size"], **told["format-specific"]["data"]}
 
 
-def of_kind(path: pathlib.Path, options: dict[str, str | int], backing: pathlib.Path | None = None) -> pathlib.Path:
+def of_kind(path: pathlib.Path, options: dict[str, Any], backing: pathlib.Path | None = None) -> pathlib.Path:
     if "compression_type" in options and not images.knows_zstd():
         pytest.skip("this QEMU was built without zstd")
     return images.qcow2(path, 32 * MiB, backing=backing, **options)
@@ -448,7 +449,7 @@ def of_kind(path: pathlib.Path, options: dict[str, str | int], backing: pathlib.
 @pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
 @pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
 def test_disk_that_is_made_anew_stays_of_its_kind(
-    folder: pathlib.Path, options: dict[str, str | int], written: bool, mode: Mode
+    folder: pathlib.Path, options: dict[str, Any], written: bool, mode: Mode
 ) -> None:
     disk = of_kind(folder / "disk", options)
     if written:
@@ -465,7 +466,7 @@ def test_disk_that_is_made_anew_stays_of_its_kind(
 @each_kind
 @pytest.mark.parametrize("backed", [False, True])
 def test_thin_copy_stays_of_its_kind(
-    folder: pathlib.Path, base: pathlib.Path, options: dict[str, str | int], backed: bool
+    folder: pathlib.Path, base: pathlib.Path, options: dict[str, Any], backed: bool
 ) -> None:
     disk = of_kind(folder / "disk", options, base if backed else None)
     images.qemu_io(disk, "write -P 0x11 3M 1M")
@@ -480,7 +481,7 @@ def test_thin_copy_stays_of_its_kind(
 @each_kind
 @pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
 def test_overlay_that_is_made_anew_keeps_what_an_overlay_with_subclusters_can(
-    folder: pathlib.Path, base: pathlib.Path, options: dict[str, str | int], written: bool,
+    folder: pathlib.Path, base: pathlib.Path, options: dict[str, Any], written: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     disk = of_kind(folder / "disk", options, base)
