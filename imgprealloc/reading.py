@@ -80,7 +80,9 @@ def qcow2(file: DiskFile) -> DiskImage:
     # A cluster that belongs to a snapshot too is copied when it is written.
     growing = clusters if header.snapshots else clusters - mapped
     leaked = qemu_img.count(path, check, "leaks")
-    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, mapped + compressed + leaked + beyond))
+    # A compressed cluster may begin in one and end in the next, and keep both.
+    taken = mapped + 2 * compressed + leaked + beyond
+    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, taken))
     shape = worst_case.repaired(header, image_end) if waits_for_repair else (header, image_end)
     return _image(
         file,
