@@ -58,6 +58,8 @@ class DiskImage:
         because the table that points to them cannot be found any more
     :param image_end: where the last cluster in use ends
     :param stamp: the file that was read, for whoever is about to replace it
+    :param waits_for_repair: whether QEMU writes all its refcounts anew before
+        anybody writes to it
     :param snapshots: internal snapshots, each of which makes mapped clusters
         copy on write again
     """
@@ -84,6 +86,7 @@ class DiskImage:
     compressed_clusters: int = 0
     leaked_clusters: int = 0
     image_end: int = 0
+    waits_for_repair: bool = False
     snapshots: int = 0
     bitmaps: int = 0
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import os
@@ -44,6 +45,7 @@ _CLUSTER_SIZE = 64 * units.Ki
 _TOO_OLD = "this qemu-img cannot preallocate an overlay (5.2 or later can)"
 _PROTOCOL = "is named by a protocol of QEMU's"
 _NO_ROOM = "there is no room for a new disk beside it"
+_WAITS = "it was not closed well, and its refcounts wait for their repair, which QEMU does at its instance's next start"
 _NOT_REPLACED = "it is not made anew, and at the most its space is reserved"
 
 
@@ -73,7 +75,7 @@ class Qcow2(format.Format):
             return None
         blank = qcow2_header.blank(file.fd) if existing != "reserve" and _holds_nothing(image) else None
         if blank is not None or existing in ("rewrite", "just_made"):
-            obstacle = _obstacle(image) or self._lack_of_room(file, image, promise)
+            obstacle = _obstacle(file, image) or self._lack_of_room(file, image, promise)
             if obstacle is None:
                 if blank is not None:
                     return self._recreation(file, blank, image.stamp, promise)
@@ -90,7 +92,7 @@ class Qcow2(format.Format):
     def treatment_by_header(self, file: DiskFile, promise: Promise) -> Optional[Treatment]:
         stamp = file.stamp()
         blank = qcow2_header.blank(file.fd)
-        if blank is None or not blank.virtual_size or _obstacle_in_header(file.path, blank) is not None:
+        if blank is None or not blank.virtual_size or _obstacle_in_header(file, blank) is not None:
             return None
         recreation = self._recreation(file, blank, stamp, promise, just_made=True)
         if promise.holds_space and promise.room(file.folder_fd) < recreation.needed:
@@ -125,6 +127,10 @@ class Qcow2(format.Format):
                 file.path,
                 "its header says that it has bitmaps, and not where; qemu-img would mark it corrupt as it grows",
                 "Nothing was changed; copy it with qemu-img convert, and take the copy.",
+            )
+        if image.waits_for_repair:
+            raise exceptions.BrokenImage(
+                file.path, _WAITS, "Nothing was changed; start it, or run qemu-img check -r all, then try again."
             )
         if promise.mode != "metadata":
             promise.require_space(file, size - image.virtual_size, file.fd)
@@ -195,7 +201,7 @@ class Qcow2(format.Format):
         return subclusters.mostly_allocated(file.fd, start if start < end else 0, end)
 
     def copy_thin(self, file: DiskFile, image: DiskImage, promise: Promise) -> DiskImage:
-        obstacle = _obstacle(image)
+        obstacle = _obstacle(file, image)
         if obstacle is None and image.compressed_clusters:
             obstacle = f"it has {image.compressed_clusters} compressed clusters, which take more in a copy"
         if obstacle is not None:
@@ -206,9 +212,8 @@ class Qcow2(format.Format):
         base: Optional[_Base] = None
         if image.backing_file is not None:
             base = _Base.of(file, image.backing_file, str(image.backing_format))
-        options = {**promise.file_options, "cluster_size": str(image.cluster_size)}
-        if image.extended_l2:
-            options["extended_l2"] = "on"
+        kept = qcow2_header.read(file.path, file.fd).options
+        options = {**kept, **promise.file_options, "cluster_size": str(image.cluster_size)}
         size = image.virtual_size
 
         def write(new: NewFile) -> None:
@@ -288,7 +293,8 @@ class Qcow2(format.Format):
         place_for = functools.partial(replacement.replacing, file, stamp, durably=durably)
         # As QEMU sees it, in whole sectors.
         blank = dataclasses.replace(blank, virtual_size=blank.virtual_size // reading.SECTOR * reading.SECTOR)
-        needed = self._needed_blank(blank, self._options(promise, blank.backing_file, blank.cluster_size), promise)
+        options = self._options(promise, blank.backing_file, blank.cluster_size, blank.options)
+        needed = self._needed_blank(blank, options, promise)
 
         def count() -> int:
             copied = 0
@@ -310,7 +316,8 @@ class Qcow2(format.Format):
     def _put_blank(
         self, place_for: format.PlaceFor, place: Place, blank: Blank, promise: Promise, *, quickly: bool = False
     ) -> DiskImage:
-        options = self._options(promise, blank.backing_file, blank.cluster_size)
+        _tell_version(place, blank.options, blank.backing_file)
+        options = self._options(promise, blank.backing_file, blank.cluster_size, blank.options)
         asked = Geometry(
             blank.virtual_size,
             int(options["cluster_size"]) if "cluster_size" in options else None,
@@ -386,7 +393,7 @@ class Qcow2(format.Format):
 
     def _rewriting(self, file: DiskFile, image: DiskImage, promise: Promise) -> Treatment:
         copied = self._copied(image)
-        options = self._options(promise, image.backing_file, image.cluster_size)
+        options = self._options_of(file, image, promise)
         needed = self._needed(promise, image.virtual_size, options, copied)
         return Treatment(
             "rewrite",
@@ -407,7 +414,8 @@ class Qcow2(format.Format):
         return (image.cluster_size or 1) * ((image.mapped_clusters or 0) + image.compressed_clusters)
 
     def _rewrite(self, file: DiskFile, image: DiskImage, promise: Promise, needed: int) -> DiskImage:
-        options = self._options(promise, image.backing_file, image.cluster_size)
+        options = self._options_of(file, image, promise)
+        _tell_version(file, qcow2_header.read(file.path, file.fd).options, image.backing_file)
         _require_space(file, needed, promise)
         base: Optional[_Base] = None
         if image.backing_file is not None:
@@ -446,11 +454,23 @@ class Qcow2(format.Format):
         if first_size < size:
             qemu_img.copy_tail(*names, first_size, size, **over)
 
-    def _options(self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int]) -> dict[str, str]:
-        options = {**promise.file_options, "preallocation": promise.of_qemu}
+    def _options_of(self, file: DiskFile, image: DiskImage, promise: Promise) -> dict[str, str]:
+        """Return what qemu-img is told of a disk that takes another one's place."""
+        kept = qcow2_header.read(file.path, file.fd).options
+        return self._options(promise, image.backing_file, image.cluster_size, kept)
+
+    def _options(
+        self, promise: Promise, backing_file: Optional[str], cluster_size: Optional[int], kept: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Return what qemu-img is told of a new disk.
+
+        :param kept: what it is to have of the one whose place it takes, as Header.options
+        """
+        options = {**kept, **promise.file_options, "preallocation": promise.of_qemu}
         if backing_file is not None:
             # Only subclusters can be mapped and still let the base show
-            # through. The base's own cluster size has no say in it.
+            # through, and version 2 has none. The base's own cluster size has no say in it.
+            options.pop("compat", None)
             return {**options, "cluster_size": str(self.settings.overlay_cluster_size), "extended_l2": "on"}
         return options if cluster_size is None else {**options, "cluster_size": str(cluster_size)}
 
@@ -466,7 +486,12 @@ class Qcow2(format.Format):
         :param copied: the data that it gets
         """
         cluster_size = int(options.get("cluster_size", _CLUSTER_SIZE))
-        length = worst_case.length(size, cluster_size, extended_l2=options.get("extended_l2") == "on")
+        length = worst_case.length(
+            size,
+            cluster_size,
+            extended_l2=options.get("extended_l2") == "on",
+            refcount_bits=int(options.get("refcount_bits", qcow2_header.REFCOUNT_BITS)),
+        )
         if promise.mode == "metadata":
             return length - size + min(copied, size) + promise.rounding
         return length
@@ -477,7 +502,7 @@ class Qcow2(format.Format):
         As stock Nova leaves a swap disk that was never used: the space that is
         short for a second one is its own.
         """
-        options = self._options(promise, image.backing_file, image.cluster_size)
+        options = self._options_of(file, image, promise)
         needed = self._needed(promise, image.virtual_size, options, 0)
         room = promise.room(file.folder_fd)
         return _NO_ROOM if promise.holds_space and image.shortfall <= room < needed else None
@@ -552,8 +577,20 @@ def _holds_nothing(image: DiskImage) -> bool:
     return bool(image.virtual_size) and not in_it and not image.has_stray_bytes
 
 
-def _obstacle(image: DiskImage) -> Optional[str]:
+def _tell_version(place: Place, kept: Mapping[str, str], backing_file: Optional[str]) -> None:
+    """Tell of what an overlay cannot keep that is made anew; kept as for Qcow2._options()."""
+    if backing_file is not None and "compat" in kept:
+        log.warn_once(
+            "version",
+            place.path,
+            "made anew, it is of version 3 (compat=1.1), because an overlay of version 2 cannot be preallocated",
+        )
+
+
+def _obstacle(file: DiskFile, image: DiskImage) -> Optional[str]:
     """Say why a disk cannot be replaced by a copy, if it cannot."""
+    if image.waits_for_repair:
+        return f"{_WAITS} (qemu-img check -r all)"
     if image.snapshots:
         return "it has internal snapshots, which a copy would lose (qemu-img snapshot -d deletes them)"
     if image.bitmaps:
@@ -565,18 +602,19 @@ def _obstacle(image: DiskImage) -> Optional[str]:
             "were damaged, and what is in them could still be had back. If the guest reads what it should, run "
             "qemu-img check -r leaks on it"
         )
-    return _obstacle_in_header(image.path, image)
+    return _obstacle_in_header(file, image)
 
 
-def _obstacle_in_header(path: str, image: DiskImage | Blank) -> Optional[str]:
-    if image.backing_file is None:
-        return None
-    if image.backing_format is None:
-        return "its header does not name its backing file's format"
-    if backing.names_protocol(image.backing_file):
-        return f"its backing file {_PROTOCOL}"
-    if qemu_img.version(path) < qemu_img.OVERLAY_PREALLOCATION:
-        return _TOO_OLD
+def _obstacle_in_header(file: DiskFile, image: DiskImage | Blank) -> Optional[str]:
+    if image.backing_file is not None:
+        if image.backing_format is None:
+            return "its header does not name its backing file's format"
+        if backing.names_protocol(image.backing_file):
+            return f"its backing file {_PROTOCOL}"
+        if qemu_img.version(file.path) < qemu_img.OVERLAY_PREALLOCATION:
+            return _TOO_OLD
+    if qcow2_header.has_unknown(file.fd):
+        return "its header has an extension or a feature that is not known here, and that a copy would lose"
     return None
 
 

@@ -17,6 +17,7 @@ docs/interop/qcow2.txt.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import os
@@ -39,13 +40,27 @@ _BITMAPS_EXTENSION = 0x23852875
 # Their number, with which their extension begins.
 _BITMAPS_COUNT = struct.Struct(">I")
 
+# Extensions that tell no more of an image than its features do, or are of such as are refused: names of
+# features, encryption, an external data file.
+_TOLD_ELSEWHERE = frozenset({0x6803F857, 0x0537BE77, 0x44415441})
+# In place of the kind of all that are not known.
+_UNKNOWN_EXTENSION = 0
+
 # Of the autoclear features: there are bitmaps, and they are up to date.
 _BITMAPS = 1 << 0
+# The data is raw in another file.
+_RAW_DATA = 1 << 1
 
-# Of the incompatible features; the others are marks of dirt, and so on.
+# Of the compatible features: refcounts are written when the image is closed.
+_LAZY_REFCOUNTS = 1 << 0
+
+# Of the incompatible features. Refcounts were not written when the image was last closed:
+_DIRTY = 1 << 0
 _CORRUPT = 1 << 1
 # The data is in another file, which QEMU opens by the name that is in the header.
 _DATA_FILE = 1 << 2
+# Compressed clusters are not zlib's; there is one other kind.
+_ZSTD = 1 << 3
 _SUBCLUSTERS = 1 << 4
 
 _GREATEST_L1 = 32 * 1024 * 1024
@@ -58,8 +73,9 @@ _LEAST_CLUSTER_BITS, _MOST_CLUSTER_BITS = 9, 21
 _GREATEST_CLUSTER = 1 << _MOST_CLUSTER_BITS
 _MOST_REFCOUNT_ORDER = 6
 
-# Of version 2: 16 bits.
+# Of version 2, and where nothing else is asked for.
 _REFCOUNT_ORDER = 4
+REFCOUNT_BITS = 1 << _REFCOUNT_ORDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +87,12 @@ class Header:
     :param refcount_order: the width of a refcount is 2 bits to the power of it
     :param encryption: its method, 0 for none
     :param incompatible: the features without which nobody may open it
+    :param compatible: the features that whoever does not know them may ignore
     :param autoclear: the features that whoever does not know them has to clear
     :param backing_offset: where the backing file's name is, 0 for none
     :param backing_length: of that name, in bytes
     :param bitmaps: dirty bitmaps; None where it does not say where they are
+    :param unknown_extension: whether it has an extension that is not known here
     :param backing_file: byte for byte, as JSON cannot carry each name
     """
 
@@ -89,8 +107,10 @@ class Header:
     refcount_table_clusters: int
     snapshots: int
     incompatible: int
+    compatible: int
     autoclear: int
     bitmaps: Optional[int]
+    unknown_extension: bool
     backing_offset: int
     backing_length: int
     backing_file: Optional[str]
@@ -120,6 +140,11 @@ class Header:
         return bool(self.incompatible & _CORRUPT)
 
     @property
+    def dirty(self) -> bool:
+        """Whether its refcounts may have been lost with whoever had it open, so that QEMU repairs them at first."""
+        return bool(self.incompatible & _DIRTY)
+
+    @property
     def encrypted(self) -> bool:
         return bool(self.encryption)
 
@@ -127,6 +152,21 @@ class Header:
     def has_data_file(self) -> bool:
         """Whether the data is in another file."""
         return bool(self.incompatible & _DATA_FILE)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What qemu-img is told to make an image of this kind, of any size and over any backing file.
+
+        Of what it does unasked, nothing.
+        """
+        asked = {
+            "compat": "0.10" if self.version < 3 else "",
+            "refcount_bits": "" if self.refcount_order == _REFCOUNT_ORDER else str(self.refcount_bits),
+            "lazy_refcounts": "on" if self.compatible & _LAZY_REFCOUNTS else "",
+            "compression_type": "zstd" if self.incompatible & _ZSTD else "",
+            "extended_l2": "on" if self.extended_l2 else "",
+        }
+        return {name: value for name, value in asked.items() if value}
 
     @property
     def is_name_misplaced(self) -> bool:
@@ -146,6 +186,12 @@ class Header:
         return bool(self.autoclear & _BITMAPS)
 
     @property
+    def has_unknown(self) -> bool:
+        """Whether it has what is not known here, and need not be known to whoever opens the image."""
+        features = self.compatible & ~_LAZY_REFCOUNTS | self.autoclear & ~(_BITMAPS | _RAW_DATA)
+        return self.unknown_extension or bool(features)
+
+    @property
     def has_lost_bitmaps(self) -> bool:
         """Whether it has bitmaps, and does not say where."""
         return self.has_bitmaps and self.bitmaps is None
@@ -153,12 +199,16 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Blank:
-    """A qcow2 file without anything in it, as its header describes it. Sizes are bytes."""
+    """A qcow2 file without anything in it, as its header describes it. Sizes are bytes.
+
+    :param options: as Header has them
+    """
 
     virtual_size: int
     cluster_size: Optional[int]
     backing_file: Optional[str]
     backing_format: Optional[str]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read(path: str, fd: int) -> Header:
@@ -205,7 +255,7 @@ def blank(file: str | int) -> Blank | None:
         return None
     if "\0" in (header.backing_file or "") or "\0" in (header.backing_format or ""):
         return None
-    return Blank(header.virtual_size, header.cluster_size, header.backing_file, header.backing_format)
+    return Blank(header.virtual_size, header.cluster_size, header.backing_file, header.backing_format, header.options)
 
 
 def backing(file: str | int) -> tuple[str | None, str | None]:
@@ -223,6 +273,13 @@ def has_lost_bitmaps(file: str | int) -> bool:
     with _opened(file) as fd:
         header = look(fd)
     return header is not None and header.has_lost_bitmaps
+
+
+def has_unknown(file: str | int) -> bool:
+    """Whether a qcow2 header has what is not known here, as Header has it."""
+    with _opened(file) as fd:
+        header = look(fd)
+    return header is not None and header.has_unknown
 
 
 def can_zero_clusters(file: str | int) -> bool:
@@ -281,11 +338,11 @@ def look(fd: int) -> Header | None:
         _, version, backing_offset, backing_length, cluster_bits, size, encryption,
         l1_entries, l1_offset, refcount_table_offset, refcount_table_clusters, snapshots, _,
     ) = _VERSION_2.unpack_from(head)  # fmt: skip
-    incompatible, autoclear, refcount_order, length = 0, 0, _REFCOUNT_ORDER, _VERSION_2.size
+    incompatible, compatible, autoclear, refcount_order, length = 0, 0, 0, _REFCOUNT_ORDER, _VERSION_2.size
     if version >= 3:
         if len(head) < _VERSION_2.size + _VERSION_3.size:
             return None
-        incompatible, _, autoclear, refcount_order, length = _VERSION_3.unpack_from(head, _VERSION_2.size)
+        incompatible, compatible, autoclear, refcount_order, length = _VERSION_3.unpack_from(head, _VERSION_2.size)
     # Anywhere in the first cluster, says the specification.
     name_at = min(backing_offset, _GREATEST_CLUSTER)
     name = os.pread(fd, min(backing_length, _LONGEST_NAME), name_at) if backing_offset else b""
@@ -305,8 +362,10 @@ def look(fd: int) -> Header | None:
         refcount_table_clusters=refcount_table_clusters,
         snapshots=snapshots,
         incompatible=incompatible,
+        compatible=compatible,
         autoclear=autoclear,
         bitmaps=_BITMAPS_COUNT.unpack_from(bitmaps)[0] if len(bitmaps) >= _BITMAPS_COUNT.size else None,
+        unknown_extension=_UNKNOWN_EXTENSION in extensions,
         backing_offset=backing_offset,
         backing_length=backing_length,
         backing_file=os.fsdecode(name) or None,
@@ -315,7 +374,10 @@ def look(fd: int) -> Header | None:
 
 
 def _extensions(head: bytes, offset: int, end: int) -> dict[int, bytes]:
-    """Return what the extensions that we know have in them; of two of a kind the last counts, as for QEMU."""
+    """Return what the extensions that we know have in them; of two of a kind the last counts, as for QEMU.
+
+    Of those that we do not know, nothing but that there is one (_UNKNOWN_EXTENSION).
+    """
     found: dict[int, bytes] = {}
     end = min(end, len(head))
     while offset + _EXTENSION.size <= end:
@@ -325,6 +387,8 @@ def _extensions(head: bytes, offset: int, end: int) -> dict[int, bytes]:
             break
         if kind in (_BACKING_FORMAT, _BITMAPS_EXTENSION):
             found[kind] = head[offset : min(offset + length, end)]
+        elif kind not in _TOLD_ELSEWHERE:
+            found[_UNKNOWN_EXTENSION] = b""
         offset += -(-length // 8) * 8
     return found
 

@@ -61,8 +61,13 @@ def qcow2(file: DiskFile) -> DiskImage:
     check = qemu_img.check(path, file.program_name, "qcow2")
     faults = qemu_img.number(path, check, "check-errors") + qemu_img.count(path, check, "corruptions")
     # Of an image in use, half of a change may have been read.
+    waits_for_repair = False
     if faults and not in_use and not lock.has_writer(file.fd):
-        raise _broken(path, f"qemu-img check finds {faults} errors in it")
+        if not header.dirty:
+            raise _broken(path, f"qemu-img check finds {faults} errors in it")
+        # Whoever had it open was killed, and QEMU sees to that when it opens it next. What
+        # the check counts it has from the cluster map.
+        waits_for_repair = True
     # In whole sectors, as QEMU has it.
     virtual_size = header.virtual_size // SECTOR * SECTOR
     # Left out for a disk of no size.
@@ -75,11 +80,14 @@ def qcow2(file: DiskFile) -> DiskImage:
     # A cluster that belongs to a snapshot too is copied when it is written.
     growing = clusters if header.snapshots else clusters - mapped
     leaked = qemu_img.count(path, check, "leaks")
-    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, mapped + compressed + leaked + beyond))
+    # A compressed cluster may begin in one and end in the next, and keep both.
+    taken = mapped + 2 * compressed + leaked + beyond
+    growing = max(0, growing - worst_case.reusable(header, image_end, clusters, taken))
+    shape = worst_case.repaired(header, image_end) if waits_for_repair else (header, image_end)
     return _image(
         file,
         status,
-        max(status.st_size, worst_case.size(header, image_end, clusters, growing)),
+        max(status.st_size, worst_case.size(*shape, clusters, growing)),
         format="qcow2",
         virtual_size=virtual_size,
         in_use=in_use,
@@ -93,6 +101,7 @@ def qcow2(file: DiskFile) -> DiskImage:
         leaked_clusters=leaked,
         fragmented_clusters=qemu_img.count(path, check, "fragmented-clusters"),
         image_end=image_end,
+        waits_for_repair=waits_for_repair,
         snapshots=header.snapshots,
         bitmaps=_bitmaps(header),
     )

@@ -44,9 +44,11 @@ def end_beyond(fd: int, file_size: int) -> int:
         offset = blocks[number] & _OFFSET
         if not offset or offset > file_size:
             continue
-        counted = len(os.pread(fd, cluster_size, offset).rstrip(b"\0"))
+        counted = os.pread(fd, cluster_size, offset).rstrip(b"\0")
         if counted:
-            last = (first + number) * in_a_block + (counted * 8 - 1) // header.refcount_bits
+            # Of several in a byte, the first are its lowest bits.
+            bit = (len(counted) - 1) * 8 + counted[-1].bit_length() - 1
+            last = (first + number) * in_a_block + bit // header.refcount_bits
             # A file may end within its last cluster.
             return (last + 1) * cluster_size if last * cluster_size >= file_size else 0
     return 0

@@ -15,14 +15,17 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import os
 import stat
+import struct
 import tempfile
 
 from imgprealloc import command
 from imgprealloc import exceptions
 from imgprealloc import lock
 from imgprealloc import log
+from imgprealloc import mounts
 from imgprealloc import native_thread
 from imgprealloc.disk_file import DiskFile
 from imgprealloc.disk_file import Place
@@ -42,9 +45,17 @@ _MARK = stat.S_ISVTX
 _PATIENCE = 30
 
 _ACL = "system.posix_acl_access"
+_COMPRESSION = "btrfs.compression"
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # linux/fs.h
+_FS_IOC_FSGETXATTR, _FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
+# struct fsxattr: flags, hint of an extent's size, extents, project, another hint
+_FSXATTR = struct.Struct("=IIIII8x")
+# FS_XFLAG_SYNC, _NOATIME and _NODUMP; the others are a filesystem's own, or forbid to replace the file.
+_KEPT_FLAGS = 0x20 | 0x40 | 0x80
+# FS_XFLAG_PROJINHERIT
+_INHERITED_PROJECT = 0x200
 _RENAME_NOREPLACE = 1
 _NO_SUCH_RENAME = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -123,7 +134,7 @@ def replacing(
             judge(file)
             _refuse_other(file)
         try:
-            _copy_attributes(disk.fd, file.fd)
+            _copy_attributes(disk.path, disk.fd, file.fd, disk.folder_fd)
         except PermissionError as exc:
             raise _owner_not_kept(disk.path, "its owner, mode, ACL or label") from exc
         # Not every writer heeds QEMU's lock. A reader is worth waiting for, now
@@ -300,7 +311,7 @@ def _is_named(place: Place, name: str, fd: int) -> bool:
 
 
 def refuse_links(disk: DiskFile) -> None:
-    """Refuse to replace a disk that has more names than one.
+    """Refuse to replace a disk that has more names than one, or is mounted from where it has another.
 
     :raises: DiskIsLink
     """
@@ -309,6 +320,13 @@ def refuse_links(disk: DiskFile) -> None:
             disk.path,
             "the disk is a link, or has a second name, and would have to be replaced",
             "Name the file itself, or remove the other names.",
+        )
+    if mounts.identifier(disk.fd) != mounts.identifier(disk.folder_fd):
+        # Over which nothing can be renamed.
+        raise exceptions.DiskIsLink(
+            disk.path,
+            "the disk is a file that is mounted there by itself (mount --bind), and would have to be replaced",
+            "Name the file where it is from (findmnt tells), or let its space be set aside as it is.",
         )
 
 
@@ -337,8 +355,14 @@ def _owner_not_kept(path: str, what: str) -> exceptions.OwnerNotKept:
     )
 
 
-def _copy_attributes(source: int, target: int) -> None:
-    """Give the new file the mode, owner and extended attributes of the disk, and leave our mark on it."""
+def _copy_attributes(path: str, source: int, target: int, folder_fd: int) -> None:
+    """Give the new file all that the disk's inode has beside its content, and leave our mark on it.
+
+    That is its mode, owner and extended attributes, its project, for quotas, and
+    what chattr(1) has set.
+
+    :param path: the disk, for what is told
+    """
     status = os.fstat(source)
     if (status.st_uid, status.st_gid) != (os.fstat(target).st_uid, os.fstat(target).st_gid):
         os.fchown(target, status.st_uid, status.st_gid)
@@ -353,7 +377,47 @@ def _copy_attributes(source: int, target: int) -> None:
         # SELinux and the like label a new file by themselves, mostly rightly,
         # and may not let us do it.
         if present.get(name) != value:
-            os.setxattr(target, name, value)
+            _set_attribute(path, target, name, value)
+    _copy_project_and_flags(source, target, folder_fd)
+
+
+def _copy_project_and_flags(source: int, target: int, folder_fd: int) -> None:
+    old, new, folder = _fsxattr(source), _fsxattr(target), _fsxattr(folder_fd)
+    if old is None or new is None or folder is None:
+        return
+    flags, _, _, project, _ = old
+    others, hint, extents, inherited, other_hint = new
+    if folder[0] & _INHERITED_PROJECT:
+        # Into such a folder no file of another project can be renamed (EXDEV).
+        project = inherited
+    wanted = (others & ~_KEPT_FLAGS | flags & _KEPT_FLAGS, hint, extents, project, other_hint)
+    if wanted != new:
+        fcntl.ioctl(target, _FS_IOC_FSSETXATTR, _FSXATTR.pack(*wanted))
+
+
+def _fsxattr(fd: int) -> tuple[int, ...] | None:
+    """Return what a filesystem has of a file or folder in a struct fsxattr; None where it has no such thing."""
+    try:
+        # Once more, because a folder is open for no more than its names.
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _FSXATTR.unpack(fcntl.ioctl(again, _FS_IOC_FSGETXATTR, bytes(_FSXATTR.size)))
+    except OSError:
+        return None
+    finally:
+        os.close(again)
+
+
+def _set_attribute(path: str, fd: int, name: str, value: bytes) -> None:
+    try:
+        os.setxattr(fd, name, value)
+    except OSError as exc:
+        if name != _COMPRESSION or exc.errno != errno.EINVAL:
+            raise
+        # btrfs compresses no file that is not copied on write, and no other holds its space.
+        log.warn_once("compression", path, "made anew, it is not compressed any more (chattr +c), to hold its space")
 
 
 def _set_mode(fd: int, mode: int) -> None:

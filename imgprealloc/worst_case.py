@@ -33,6 +33,8 @@ Layout: QEMU's docs/interop/qcow2.txt.
 
 from __future__ import annotations
 
+import dataclasses
+
 from oslo_utils import units
 
 from imgprealloc.qcow2_header import Header
@@ -81,16 +83,32 @@ def size(header: Header, image_end: int, clusters: int, growing: int) -> int:
     return _with_refcounts(end, in_a_block) * cluster_size
 
 
-def length(virtual_size: int, cluster_size: int, *, extended_l2: bool) -> int:
+def repaired(header: Header, image_end: int) -> tuple[Header, int]:
+    """Return what QEMU may make of a header, and of where the last cluster in use ends, as it repairs refcounts.
+
+    It writes a new table and new blocks, at worst behind all else, and then frees
+    the old ones (qcow2-refcount.c, rebuild_refcount_structure). The table is
+    no longer than it has to be, and begun anew as it grows. What is freed goes back to
+    the filesystem, also with discard=ignore, and is missed at the next look.
+    """
+    cluster_size = header.cluster_size
+    end = _divided(image_end, cluster_size)
+    blocks, table = _moved(end, cluster_size, cluster_size * 8 // header.refcount_bits)
+    least = _divided(blocks, cluster_size // _ENTRY)
+    anew = dataclasses.replace(header, refcount_table_clusters=min(header.refcount_table_clusters, least))
+    return anew, (end + blocks + 2 * table) * cluster_size
+
+
+def length(virtual_size: int, cluster_size: int, *, extended_l2: bool, refcount_bits: int = 16) -> int:
     """Return how long a qcow2 file is at the most that qemu-img makes with all its clusters mapped, in bytes.
 
     That is its clusters and their L2 tables, an L1 table, the place of one from
     which it has moved as the disk was grown, a header, a refcount table, and
-    refcount blocks, of 16 bits.
+    refcount blocks.
     """
     clusters = _divided(virtual_size, cluster_size)
     l2_tables = _divided(clusters, cluster_size // (_EXTENDED_L2_ENTRY if extended_l2 else _L2_ENTRY))
-    in_a_block = cluster_size * 8 // 16
+    in_a_block = cluster_size * 8 // refcount_bits
     end = clusters + l2_tables + 2 * _divided(l2_tables * _ENTRY, cluster_size) + 2
     return _with_refcounts(end, in_a_block) * cluster_size
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import images
 import pytest
@@ -413,3 +415,127 @@ def _compressible(folder: pathlib.Path) -> pathlib.Path:
     path = folder / "compressible"
     path.write_bytes(b"compress me " * (8 * MiB // 12) + b"tail" * 2)
     return path
+
+
+# What kind of qcow2 it is: as it was made, so it is when it is made anew.
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"compat": "0.10"},
+    {"refcount_bits": 1},
+    {"refcount_bits": 64, "lazy_refcounts": "on", "cluster_size": 4 * KiB},
+    {"extended_l2": "on", "cluster_size": 128 * KiB},
+    {"compression_type": "zstd"},
+)
+
+each_kind = pytest.mark.parametrize(
+    "options", KINDS, ids=lambda options: ",".join(map(str, options.values())) or "none"
+)
+
+
+def kind_of(path: pathlib.Path) -> dict[str, object]:
+    """Return what a guest's QEMU, and its owner, know the file as."""
+    told = images.info(path)
+    return {"cluster_size": told["cluster-size"], **told["format-specific"]["data"]}
+
+
+def of_kind(path: pathlib.Path, options: dict[str, Any], backing: pathlib.Path | None = None) -> pathlib.Path:
+    if "compression_type" in options and not images.knows_zstd():
+        pytest.skip("this QEMU was built without zstd")
+    return images.qcow2(path, 32 * MiB, backing=backing, **options)
+
+
+@each_kind
+@pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
+@pytest.mark.parametrize("mode", ["falloc", "full", "metadata"])
+def test_disk_that_is_made_anew_stays_of_its_kind(
+    folder: pathlib.Path, options: dict[str, Any], written: bool, mode: Mode
+) -> None:
+    disk = of_kind(folder / "disk", options)
+    if written:
+        images.qemu_io(disk, "write -P 0x11 3M 1M")
+    before, kind, copy = disk.stat().st_ino, kind_of(disk), shutil.copyfile(disk, folder / "copy")
+
+    image = Preallocator(mode).preallocate(disk, "rewrite", format="qcow2")
+
+    assert disk.stat().st_ino != before
+    assert image.state == ("mapped" if mode == "metadata" else "preallocated")
+    assert (kind_of(disk), images.differences(disk, copy)) == (kind, "")
+
+
+@each_kind
+@pytest.mark.parametrize("backed", [False, True])
+def test_thin_copy_stays_of_its_kind(
+    folder: pathlib.Path, base: pathlib.Path, options: dict[str, Any], backed: bool
+) -> None:
+    disk = of_kind(folder / "disk", options, base if backed else None)
+    images.qemu_io(disk, "write -P 0x11 3M 1M")
+    before, kind = disk.stat().st_ino, kind_of(disk)
+
+    Preallocator().thin(disk, rewrite=True, format="qcow2")
+
+    assert disk.stat().st_ino != before
+    assert kind_of(disk) == kind
+
+
+@each_kind
+@pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
+def test_overlay_that_is_made_anew_keeps_what_an_overlay_with_subclusters_can(
+    folder: pathlib.Path, base: pathlib.Path, options: dict[str, Any], written: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    disk = of_kind(folder / "disk", options, base)
+    if written:
+        images.qemu_io(disk, "write -P 0x11 3M 1M")
+    kind, copy = kind_of(disk), shutil.copyfile(disk, folder / "copy")
+
+    image = Preallocator().preallocate(disk, "rewrite", format="qcow2")
+
+    assert (image.state, images.differences(disk, copy)) == ("preallocated", "")
+    if kind["compat"] == "0.10":
+        assert kind_of(disk)["compat"] == "1.1"
+        assert "of version 3 (compat=1.1)" in caplog.text
+    else:
+        assert kind_of(disk) == {**kind, "cluster_size": 128 * KiB, "extended-l2": True}
+        assert "version" not in caplog.text
+
+
+@pytest.mark.parametrize("refcount_bits", [1, 16, 64])
+def test_disk_that_is_made_anew_is_as_long_as_was_reckoned(folder: pathlib.Path, refcount_bits: int) -> None:
+    images.qcow2(folder / "disk", 64 * MiB, cluster_size=4 * KiB, refcount_bits=refcount_bits)
+
+    needed = Preallocator("metadata").plan(folder / "disk", "rewrite", format="qcow2").needed
+    Preallocator("metadata").preallocate(folder / "disk", "rewrite", format="qcow2")
+
+    assert needed - 32 * KiB <= (folder / "disk").stat().st_size - 64 * MiB <= needed
+
+
+def with_an_unknown_extension(disk: pathlib.Path) -> None:
+    """Put another extension in the place of that with the features' names."""
+    images.replace_in_header(disk, b"\x68\x03\xf8\x57", b"\x13\x37\x13\x37")
+
+
+def with_an_unknown_feature(disk: pathlib.Path) -> None:
+    """Set a compatible feature, which QEMU leaves alone."""
+    with disk.open("r+b") as file:
+        file.seek(80)
+        file.write((1 << 40).to_bytes(8, "big"))
+
+
+@pytest.mark.parametrize("change", [with_an_unknown_extension, with_an_unknown_feature])
+@pytest.mark.parametrize("written", [False, True], ids=["blank", "with_data"])
+@pytest.mark.parametrize("backed", [False, True])
+def test_disk_with_more_in_its_header_than_is_known_is_not_made_anew(
+    folder: pathlib.Path, base: pathlib.Path, change: Callable[[pathlib.Path], None], written: bool, backed: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    disk = images.qcow2(folder / "disk", 32 * MiB, backing=base if backed else None)
+    if written:
+        images.qemu_io(disk, "write -P 0x11 3M 1M")
+    change(disk)
+    before = images.file_digest(disk)
+
+    image = Preallocator().preallocate(disk, "rewrite", format="qcow2")
+
+    assert (image.state, images.file_digest(disk)) == ("reserved", before)
+    assert "not known here" in caplog.text

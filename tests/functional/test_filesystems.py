@@ -239,6 +239,29 @@ def test_disk_shared_with_a_snapshot_of_its_subvolume_is_rewritten(folder: pathl
     assert (image.state, image.shortfall, images.digest(disk, format)) == ("preallocated", 0, before)
 
 
+@kinds.copying_on_write
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("back", [False, True], ids=["rewrite", "thin"])
+def test_compressed_disk_is_rewritten(
+    folder: pathlib.Path, format: str, back: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = folder / "disk"
+    disk.touch()
+    images.run("chattr", "+c", disk)
+    images.run("qemu-img", "create", "-q", "-f", format, disk, 16 * MiB)
+    images.qemu_io(disk, "write -P 0x5a 1M 1M", format=format)
+    before = images.digest(disk, format)
+
+    if back:
+        Preallocator().thin(disk, rewrite=True, format=format)
+    else:
+        image = Preallocator().preallocate(disk, "rewrite", format=format)
+        assert (image.state, image.shortfall) == ("preallocated", 0)
+
+    assert images.digest(disk, format) == before
+    assert "not compressed any more" in caplog.text
+
+
 @pytest.fixture
 def compressed(folder: pathlib.Path) -> pathlib.Path:
     """Give a folder whose files btrfs compresses, and copies on write for that."""

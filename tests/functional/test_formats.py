@@ -9,12 +9,15 @@ import os
 import pathlib
 import shutil
 import struct
+import subprocess
+from typing import Any
 
 import images
 import pytest
 
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc.format import Existing
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -341,17 +344,61 @@ def test_image_with_leaked_clusters_only_is_not_called_broken(folder: pathlib.Pa
     assert Preallocator().preallocate(disk, existing="rewrite", format="qcow2").state == "preallocated"
 
 
-@pytest.mark.parametrize("rewrite", [False, True])
-def test_image_that_waits_for_its_repair_is_refused_and_untouched(folder: pathlib.Path, rewrite: bool) -> None:
-    # Its refcounts were to be written when QEMU closed it, which was killed.
+@pytest.fixture
+def unrepaired(folder: pathlib.Path) -> pathlib.Path:
+    """Give an image whose refcounts were to be written when QEMU closed it, which was killed."""
     disk = images.qcow2(folder / "disk", 16 * MiB, lazy_refcounts="on", compat="1.1")
     images.run("sh", "-c", f"qemu-io -f qcow2 -c 'write -P 0x5a 0 4M' -c 'sigraise 9' {disk} || true")
-    before = images.identity(disk)
+    assert subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", disk], check=False).returncode == 2
+    return disk
 
-    with pytest.raises(exceptions.BrokenImage, match="check -r"):
-        Preallocator().preallocate(disk, "rewrite" if rewrite else "recreate_blank", format="qcow2")
 
-    assert images.identity(disk) == before
+@pytest.mark.parametrize("existing", ["reserve", "recreate_blank", "rewrite"])
+def test_image_that_waits_for_its_repair_is_reserved_and_keeps_its_bytes(
+    unrepaired: pathlib.Path, existing: Existing, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = unrepaired.stat().st_ino, images.file_digest(unrepaired)
+
+    image = Preallocator().preallocate(unrepaired, existing, format="qcow2")
+
+    assert (image.state, image.shortfall, image.waits_for_repair) == ("reserved", 0, True)
+    assert (unrepaired.stat().st_ino, images.file_digest(unrepaired)) == before
+    assert ("wait for their repair" in caplog.text) == (existing == "rewrite")
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster_size": 512, "refcount_bits": 64}, {"cluster_size": 2 * MiB}])
+def test_image_that_waits_for_its_repair_has_the_space_for_it_and_for_its_guest(
+    folder: pathlib.Path, options: dict[str, Any]
+) -> None:
+    disk = images.qcow2(folder / "disk", 2 * MiB, lazy_refcounts="on", compat="1.1", **options)
+    images.run("sh", "-c", f"qemu-io -f qcow2 -c 'write -P 0x5a 0 1M' -c 'sigraise 9' {disk} || true")
+    told = Preallocator().preallocate(disk, "reserve", format="qcow2").worst_case_size
+
+    images.qemu_io(disk, "read -P 0x5a 0 1M", "write -P 0x22 1M 1M", "write -P 0x11 0 1M")
+
+    assert max(disk.stat().st_size, images.check(disk)["image-end-offset"]) <= told
+    # The old refcounts, which the repair has given back to the filesystem.
+    assert Preallocator().inspect(disk, format="qcow2").shortfall <= 3 * options.get("cluster_size", 64 * KiB)
+    assert Preallocator().preallocate(disk, "reserve", format="qcow2").shortfall == 0
+
+
+def test_image_that_waits_for_its_repair_is_neither_grown_nor_copied(unrepaired: pathlib.Path) -> None:
+    before = images.identity(unrepaired)
+
+    with pytest.raises(exceptions.BrokenImage, match="check -r all"):
+        Preallocator().resize(unrepaired, 32 * MiB, format="qcow2")
+    with pytest.raises(exceptions.UnsupportedFormat, match="wait for their repair"):
+        Preallocator().thin(unrepaired, rewrite=True, format="qcow2")
+
+    assert images.identity(unrepaired) == before
+
+
+def test_image_is_treated_like_any_other_once_it_is_repaired(unrepaired: pathlib.Path) -> None:
+    images.qemu_io(unrepaired, "read -P 0x5a 0 4M")
+
+    image = Preallocator().preallocate(unrepaired, "rewrite", format="qcow2")
+
+    assert (image.state, image.waits_for_repair) == ("preallocated", False)
 
 
 @pytest.fixture

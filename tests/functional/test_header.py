@@ -12,8 +12,9 @@ import pytest
 from imgprealloc import DiskImage
 from imgprealloc import Preallocator
 from imgprealloc import qcow2_header
+from imgprealloc import refcounts
 
-MiB = 1 << 20
+KiB, MiB = 1 << 10, 1 << 20
 
 # Of create -o.
 OPTIONS: list[dict[str, Any]] = [
@@ -117,3 +118,25 @@ def test_disk_of_which_most_is_leaked_is_told_however_much_the_check_complains(f
     found = read(disk)
 
     assert (found.mapped_clusters, found.leaked_clusters >= 65536) == (0, True)
+
+
+@pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 64])
+def test_refcounts_end_with_the_file(folder: pathlib.Path, refcount_bits: int) -> None:
+    # With one of no whole number of bytes, which none of its own is behind.
+    disk = images.qcow2(folder / "disk", 3 * MiB, refcount_bits=refcount_bits, cluster_size=4096)
+    for written in range(0, 60 * KiB, 4 * KiB):
+        images.qemu_io(disk, f"write {written} 4k")
+
+        with disk.open("rb") as file:
+            assert refcounts.end_beyond(file.fileno(), disk.stat().st_size) == 0
+
+
+@pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 64])
+def test_refcounts_beyond_the_file_are_found_to_the_cluster(folder: pathlib.Path, refcount_bits: int) -> None:
+    disk = images.qcow2(folder / "disk", 3 * MiB, refcount_bits=refcount_bits, cluster_size=4096)
+    images.qemu_io(disk, "write 0 100k")
+    end = disk.stat().st_size
+
+    with disk.open("rb") as file:
+        for clusters in range(1, 12):
+            assert refcounts.end_beyond(file.fileno(), end - clusters * 4096) == end

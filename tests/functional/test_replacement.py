@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import os
 import pathlib
 import signal
@@ -134,6 +135,36 @@ def test_attributes_of_a_rewritten_disk_are_kept(used: pathlib.Path) -> None:
     assert (used.stat().st_mode & 0o7777, used.stat().st_uid, used.stat().st_gid) == (0o640, 64055, 108)
 
 
+@kinds.with_attributes
+def test_flags_of_the_disk_are_kept(thin: pathlib.Path) -> None:
+    images.run("chattr", "+AdS", thin)
+
+    Preallocator().preallocate(thin, format="qcow2")
+
+    assert set("AdS") <= set(images.run("lsattr", thin).split()[0])
+    # Not at the price of nocow.
+    assert Preallocator().inspect(thin, format="qcow2").state == "preallocated"
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_project_of_the_disk_is_kept(thin: pathlib.Path) -> None:
+    images.run("xfs_io", "-c", "chproj 42", thin)
+
+    Preallocator().preallocate(thin, format="qcow2")
+
+    assert images.run("xfs_io", "-c", "lsproj", thin) == "projid = 42\n"
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_disk_gets_the_project_of_a_folder_that_hands_down_its_own(thin: pathlib.Path, folder: pathlib.Path) -> None:
+    # XFS lets nothing of another project be renamed into it.
+    images.run("xfs_io", "-c", "chproj 42", "-c", "chattr +P", folder)
+
+    Preallocator().preallocate(thin, format="qcow2")
+
+    assert images.run("xfs_io", "-c", "lsproj", thin) == "projid = 42\n"
+
+
 def test_new_disk_may_be_read_by_libvirts_user(folder: pathlib.Path) -> None:
     Preallocator().create(folder / "disk", 8 * MiB)
 
@@ -192,6 +223,31 @@ def test_disk_with_a_second_name_is_untouched(thin: pathlib.Path, folder: pathli
         Preallocator().preallocate(thin, format="qcow2")
 
     assert images.identity(thin) == before
+
+
+@pytest.fixture
+def mounted(used: pathlib.Path, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give the place where a disk with data is mounted, and nothing else."""
+    place = folder / "mounted"
+    place.touch()
+    images.run("mount", "--bind", used, place)
+    yield place
+    images.run("umount", place)
+
+
+def test_disk_that_is_mounted_by_itself_is_not_copied_for_nothing(mounted: pathlib.Path) -> None:
+    before = images.identity(mounted)
+
+    plan = Preallocator().plan(mounted, "rewrite", format="qcow2")
+    with pytest.raises(exceptions.DiskIsLink, match="mounted"):
+        Preallocator().preallocate(mounted, "rewrite", format="qcow2")
+
+    assert isinstance(plan.error, exceptions.DiskIsLink)
+    assert images.identity(mounted) == before
+
+
+def test_disk_that_is_mounted_by_itself_gets_its_space(mounted: pathlib.Path) -> None:
+    assert Preallocator().preallocate(mounted, format="qcow2").state == "reserved"
 
 
 # Files that a crash has left.

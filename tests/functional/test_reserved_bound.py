@@ -239,6 +239,23 @@ def test_disk_that_its_guest_has_zeroed_is_not_held_twice(
     assert end(path) <= told.worst_case_size
 
 
+@pytest.mark.parametrize("part", [0.6, 0.9])
+def test_compressed_clusters_keep_the_clusters_that_they_end_in(folder: pathlib.Path, part: float) -> None:
+    path, cluster_size, half = folder / "disk", 64 * KiB, 320
+    content = folder / "content"
+    content.write_bytes(os.urandom(int(part * cluster_size)).ljust(cluster_size, b"\0"))
+    images.qcow2(path, 2 * half * cluster_size, cluster_size=cluster_size)
+    # By turns in each half, so that there is no whole cluster that is free once the second is written anew.
+    places = (place for number in range(half) for place in (number, half + number))
+    images.qemu_io(path, *(f"write -c -s {content} {place * cluster_size} {cluster_size}" for place in places))
+    images.qemu_io(path, f"write {half * cluster_size} {half * cluster_size}")
+
+    told = Preallocator().inspect(path, format="qcow2").worst_case_size
+    images.qemu_io(path, f"write 0 {half * cluster_size}")
+
+    assert end(path) <= told
+
+
 def _bytes(size: str) -> int:
     return int(size[:-1]) * {"k": KiB, "M": MiB}[size[-1]]
 

@@ -437,3 +437,80 @@ def test_backing_file_s_name_is_read_wherever_it_stands_in_the_first_cluster(pat
     qcow2_file.patch(path, 8000, b"else")
 
     assert qcow2_header.backing(path) == ("else", "raw")
+
+
+# What kind of image it is.
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        ({}, {}),
+        ({"version": 2}, {"compat": "0.10"}),
+        ({"refcount_order": 0}, {"refcount_bits": "1"}),
+        ({"refcount_order": 6}, {"refcount_bits": "64"}),
+        ({"compatible": 1}, {"lazy_refcounts": "on"}),
+        ({"incompatible": qcow2_file.COMPRESSION_TYPE}, {"compression_type": "zstd"}),
+        ({"incompatible": qcow2_file.EXTENDED_L2}, {"extended_l2": "on"}),
+        # What qemu-img does unasked, or what is but a mark of the moment.
+        ({"refcount_order": 4, "incompatible": qcow2_file.DIRTY}, {}),
+    ],
+)
+def test_options_that_an_image_was_made_with_are_told(
+    path: str, written: dict[str, Any], options: dict[str, str]
+) -> None:
+    qcow2_file.write(path, **written)
+
+    with open(path, "rb") as file:
+        assert qcow2_header.read(path, file.fileno()).options == options
+
+
+def test_blank_image_tells_its_options(path: str) -> None:
+    qcow2_file.write(path, version=2)
+
+    blank = qcow2_header.blank(path)
+
+    assert blank is not None
+    assert blank.options == {"compat": "0.10"}
+
+
+@pytest.mark.parametrize("kind", [0x6803F857, 0x0537BE77, 0x44415441, qcow2_file.BITMAPS, qcow2_file.BACKING_FORMAT])
+def test_extension_of_qemus_is_known(path: str, kind: int) -> None:
+    qcow2_file.write(path)
+    qcow2_file.patch(path, 112, qcow2_file.extension(kind, bytes(24)) + qcow2_file.extension(qcow2_file.END))
+
+    assert not qcow2_header.has_unknown(path)
+
+
+@pytest.mark.parametrize("first", [b"", qcow2_file.extension(qcow2_file.BACKING_FORMAT, b"raw")])
+def test_another_extension_is_not_known(path: str, first: bytes) -> None:
+    qcow2_file.write(path)
+    qcow2_file.patch(
+        path, 112, first + qcow2_file.extension(0x12345678, b"five!") + qcow2_file.extension(qcow2_file.END)
+    )
+
+    assert qcow2_header.has_unknown(path)
+
+
+def test_what_stands_behind_the_last_extension_is_not_unknown(path: str) -> None:
+    qcow2_file.write(path)
+    qcow2_file.patch(path, 112, qcow2_file.extension(qcow2_file.END) + qcow2_file.extension(0x12345678, b"five!"))
+
+    assert not qcow2_header.has_unknown(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "unknown"),
+    [
+        ({"compatible": 1}, False),
+        ({"compatible": 2}, True),
+        ({"compatible": 1 << 63}, True),
+        ({"autoclear": 3}, False),
+        ({"autoclear": 4}, True),
+        ({"version": 2}, False),
+    ],
+)
+def test_features_that_need_not_be_known_are_told(path: str, written: dict[str, Any], unknown: bool) -> None:
+    qcow2_file.write(path, **written)
+
+    assert qcow2_header.has_unknown(path) is unknown

@@ -114,3 +114,20 @@ def test_nothing_counts_as_free_beside_small_clusters_or_what_a_snapshot_keeps(t
     assert worst_case.reusable(header(tmp_path, 8 * KiB), GiB, 16 * 1024, 0) == 0
     kept = dataclasses.replace(header(tmp_path, 64 * KiB), snapshots=1)
     assert worst_case.reusable(kept, GiB, 16 * 1024, 0) == 0
+
+
+def test_repair_takes_new_refcounts_and_their_table_behind_the_last_cluster(tmp_path: pathlib.Path) -> None:
+    shape = header(tmp_path, 64 * KiB)
+
+    found, end = worst_case.repaired(shape, 5 * MiB)
+
+    # A block, and a table that is begun anew as it grows.
+    assert (found.refcount_table_clusters, end) == (1, 5 * MiB + 3 * 64 * KiB)
+
+
+def test_table_is_no_longer_than_it_has_to_be_once_it_was_repaired(tmp_path: pathlib.Path) -> None:
+    shape = dataclasses.replace(header(tmp_path, 512), refcount_table_clusters=7)
+
+    found, _ = worst_case.repaired(shape, 4 * MiB)
+
+    assert found.refcount_table_clusters == 1
