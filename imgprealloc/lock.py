@@ -47,9 +47,12 @@ _PAUSE = 0.1
 # Seconds in which QEMU comes from a file's opening to its locks, on a busy machine too.
 _COMING_TO_LOCKS = 5
 
-# Half a second, for a busy machine.
+# Half a second, for a busy machine; of another imgprealloc, too, which has the file open meanwhile.
 _ATTEMPTS = 10
 _BETWEEN_ATTEMPTS = 0.05
+
+# Seconds that a reader may take. Longer than that, or of two that come at once neither would be let in.
+_PATIENCE = 1.0
 
 
 def _fcntl(fd: int, command: int, kind: int, byte: int) -> int:
@@ -97,7 +100,7 @@ def may_be_used_unseen(fd: int) -> bool:
     return False
 
 
-def refuse_users(path: str, fd: int, *, patience: float = 0.5) -> None:
+def refuse_users(path: str, fd: int, *, patience: float = _PATIENCE) -> None:
     """Refuse a disk that may not be written to, grown or replaced, because somebody else has it open.
 
     :param path: the disk, for the error's text

@@ -318,6 +318,29 @@ def test_qemu_img_can_work_on_what_imgprealloc_has(disk: str) -> None:
         assert all(host.standing_lock(qemu.fileno(), byte) == fcntl.F_UNLCK for byte in range(100, 300))
 
 
+def test_whoever_has_its_turn_outlasts_those_who_wait_for_it_with_the_file_open(disk: str, fd: int) -> None:
+    # Else of two that come at once neither would be let in.
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with (
+        fixtures.MockPatchObject(lock, "_PAUSE", 0.1),
+        fixtures.MockPatchObject(time, "sleep", sleep),
+        fixtures.MockPatchObject(time, "monotonic", lambda: now),
+        open(disk, "rb"),
+    ):
+        with fixtures.MockPatchObject(lock, "try_exclusive", lambda fd: False):
+            assert lock.wait_exclusive(fd) is False
+        waited, now = now, 0.0
+        with pytest.raises(exceptions.ImageInUse):
+            lock.refuse_users(disk, fd)
+
+    assert now > 1.5 * waited
+
+
 # Other hosts.
 
 
