@@ -157,25 +157,22 @@ def claimed(path: str) -> Iterator[DiskFile]:
             if exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             fd = _open(path, name, folder_fd, os.O_RDONLY)
-            is_ours = True
+            may_write = False
         else:
-            try:
-                is_ours = lock.wait_exclusive(fd)
-            except OSError:
-                os.close(fd)
-                raise
-        if not is_ours:
-            os.close(fd)
-            raise exceptions.ImageInUse(
-                path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
-            )
+            may_write = True
         try:
-            file = DiskFile(path, folder, folder_fd, name, fd)
-            # Another may have put a new file there between our open and our lock.
-            file.refuse_replaced()
-            yield file
+            if may_write and not lock.wait_exclusive(fd):
+                raise exceptions.ImageInUse(
+                    path, "another imgprealloc is at work on it", "Wait until that has ended, then try again."
+                )
+            try:
+                file = DiskFile(path, folder, folder_fd, name, fd)
+                # Another may have put a new file there between our open and our lock.
+                file.refuse_replaced()
+                yield file
+            finally:
+                lock.give_up_exclusive(fd)
         finally:
-            lock.give_up_exclusive(fd)
             os.close(fd)
 
 
@@ -196,9 +193,12 @@ def _open(path: str, name: str, folder_fd: int, access: int) -> int:
         fd = _open_at_once(name, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, folder_fd)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, path) from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise no_regular_file(path)
+    except BaseException:
         os.close(fd)
-        raise no_regular_file(path)
+        raise
     return fd
 
 

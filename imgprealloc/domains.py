@@ -54,8 +54,7 @@ def known() -> dict[str, Domain]:
 def _read(path: str) -> Optional[Domain]:
     try:
         # A FIFO would be waited for.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             content = file.read(_GREATEST + 1)
         root = ElementTree.fromstring(content) if len(content) <= _GREATEST else None
     except (OSError, ElementTree.ParseError):

@@ -117,10 +117,11 @@ def _upper(fd: int) -> Optional[int]:
     except OSError:
         return None
     # By that path there may be another folder here than where it was mounted.
-    if _size(upper) != _size(fd):
-        os.close(upper)
-        return None
-    return upper
+    with contextlib.suppress(OSError):
+        if _size(upper) == _size(fd):
+            return upper
+    os.close(upper)
+    return None
 
 
 def _size(fd: int) -> tuple[int, int]:

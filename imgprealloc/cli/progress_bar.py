@@ -65,9 +65,10 @@ class ProgressBar:
         bar = f"[{'#' * full}{'.' * (_WIDTH - full)}] "
         if len(bar) + len(text) >= columns:
             bar = ""
+        # First, because a signal may come as it is written.
+        self._is_shown = True
         # The end tells more than the folder, and the last column would wrap.
         self._write(f"{_CLEAR}{(bar + text)[-(columns - 1) :]}")
-        self._is_shown = True
 
     def clear(self) -> None:
         """Take the bar away, for what is to be said in its place."""

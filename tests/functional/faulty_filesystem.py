@@ -99,6 +99,15 @@ class FaultyFilesystem:
         """List what is there, but for removed files that were open, which FUSE hides under other names."""
         return sorted(name for name in os.listdir(self.below) if not name.startswith(".fuse_hidden"))
 
+    def open_files(self) -> list[str]:
+        """List what this process has open there, by the names that the kernel tells, also of what is removed."""
+        found = []
+        for fd in os.listdir("/proc/self/fd"):
+            # Of the listing itself.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return sorted(path for path in found if path.startswith(f"{self.mount_point}/"))
+
     def report(self) -> Report:
         """Tell what has happened, and work without faults from now on."""
         answer = self._ask({"operations": [], "error": "EIO", "at": None, "by": None, "onwards": False})
@@ -199,8 +208,10 @@ class _Fault:
     def serve(self, control: str) -> None:
         """Take orders, each with a connection of its own."""
         server = socket.socket(socket.AF_UNIX)
-        server.bind(control)
+        server.bind(f"{control}.new")
         server.listen()
+        # Not before somebody listens, because whoever sees it connects.
+        os.rename(f"{control}.new", control)
         while True:
             connection, _ = server.accept()
             with connection, connection.makefile("rw") as stream:

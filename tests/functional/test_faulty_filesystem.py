@@ -76,6 +76,7 @@ def require_nothing_lost(
 
     What a failed look itself kept from being removed has gone with the next call.
     """
+    assert faulty.open_files() == [], f"a file is left open: {failed}"
     disk = faulty.below / "disk"
     if done:
         disks.require_done(verb, disk)

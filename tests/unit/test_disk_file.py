@@ -56,6 +56,14 @@ def test_disk_is_open_with_its_folder_and_its_name(disk: pathlib.Path, opening: 
 
 
 @each_opening
+def test_disk_that_is_open_and_cannot_be_looked_at_is_closed(disk: pathlib.Path, opening: Opening) -> None:
+    failing = fixtures.MockPatchObject(os, "fstat", side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    with pytest.raises(OSError, match="Input/output error"), failing, opening(str(disk)):
+        pass
+
+
+@each_opening
 def test_relative_path_stays_as_it_was_named(
     disk: pathlib.Path, opening: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
 import io
 import os
 import time
@@ -142,6 +143,22 @@ def test_line_is_empty_after_an_error_or_a_signal(clock: Clock, terminal: Termin
 
     assert shown != [""]
     assert terminal.line == ""
+
+
+def test_line_is_empty_after_a_signal_that_comes_as_the_bar_is_drawn(clock: Clock) -> None:
+    class Signalled(Terminal):
+        def flush(self) -> None:
+            if self.line:
+                raise KeyboardInterrupt
+
+    with fixtures.MockPatchObject(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24))):
+        terminal = Signalled()
+        with contextlib.suppress(KeyboardInterrupt), bar_on(terminal).of("disk") as tell:
+            tell(0, 100)
+            clock.now += 1
+            tell(50, 100)
+
+    assert ("50 %" in terminal.getvalue(), terminal.line) == (True, "")
 
 
 def test_second_piece_of_a_disk_s_work_has_its_own_rate(clock: Clock, terminal: Terminal) -> None:
