@@ -8,6 +8,7 @@ configuration, because imagebackend reads options as it is imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -41,6 +42,7 @@ from imgprealloc import refilling
 from imgprealloc import rounds
 from imgprealloc import seams
 from imgprealloc import settings
+from imgprealloc import subclusters
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
 from imgprealloc.image import FileStamp
@@ -80,6 +82,9 @@ _arriving: dict[str, Any] = {}
 # were then. A start that fails leaves its own behind.
 _MOST_LOOKED_AFTER = 10_000
 _looked_after: dict[str, FileStamp] = {}
+
+# GiB that Nova takes each disk to have at the least that a live migration sends.
+_LEAST_TO_SEND = 2
 
 # Of a thread that heals disks while nova-compute goes on.
 BACKGROUND = "imgprealloc"
@@ -206,6 +211,17 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         finally:
             _expected.discard(instance.uuid)
 
+    def _live_migration_data_gb(self, instance: Any, disk_paths: Iterable[str]) -> float:
+        """Tell how much there is to send, in GiB: what is in a disk, and not how long its file is.
+
+        By that Nova is patient with a migration, and slow to let the guest stand still
+        for longer at its end.
+        """
+        to_send = {path: _bytes_to_send(path) for path in disk_paths}
+        others = [path for path, size in to_send.items() if size is None]
+        rest = float(super()._live_migration_data_gb(instance, others))
+        return rest + sum(max(_LEAST_TO_SEND, size / units.Gi) for size in to_send.values() if size is not None)
+
     def post_live_migration_at_destination(
         self,
         context: Any,
@@ -238,6 +254,13 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                         filler=fill_as_root,
                     )  # fmt: skip
 
+    def _soft_reboot(self, instance: Any) -> bool:
+        """Look after the disks while the guest still runs; once it has ended, Nova has libvirt start it at once."""
+        if is_on():
+            with _warning_of_faults(instance):
+                _heal_described(self._host.get_guest(instance).get_xml_desc(), instance, is_started=True)
+        return bool(super()._soft_reboot(instance))
+
     def _create_guest(
         self,
         context: Any,
@@ -256,6 +279,17 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
             with _warning_of_faults(instance):
                 _heal_described(xml, instance, is_started=power_on or pause)
         return super()._create_guest(context, xml, instance, power_on, pause, *args, **kwargs)
+
+
+def _bytes_to_send(path: str) -> int | None:
+    """Return how much of a disk a block live migration sends; None where its file's length tells."""
+    try:
+        if is_on() and instances.is_disk(path) and record.agrees(path, "qcow2"):
+            with disk_file.opened(path) as file:
+                return subclusters.allocated(file.fd)
+    except Exception as exc:
+        LOG.debug("%s: counted by its length: %s", path, exc)
+    return None
 
 
 @contextlib.contextmanager
@@ -290,8 +324,16 @@ def _refill(guest: Any, instance: Any) -> None:
             except exceptions.PreallocationError as exc:
                 log.warn_once("given back", path, f"it stays short of what its guest has given back: {exc}")
     except Exception as exc:
-        # It may have ended meanwhile, or moved away.
-        log.warn_once("running", instance.uuid, f"the disks of this running instance are not looked at: {exc}")
+        if _has_ended(exc):
+            LOG.debug("%s", exc, instance=instance)
+        else:
+            log.warn_once("running", instance.uuid, f"the disks of this running instance are not looked at: {exc}")
+
+
+def _has_ended(exc: Exception) -> bool:
+    """Whether libvirt was asked for a guest that has ended meanwhile, or moved away."""
+    libvirt = driver.libvirt
+    return isinstance(exc, libvirt.libvirtError) and exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
 
 
 def _described_disks(xml: str, instance: Any) -> Iterator[tuple[str, str]]:

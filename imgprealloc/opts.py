@@ -63,7 +63,7 @@ What to do with disks that have data in them and are not preallocated.
 
 These are the disks of instances that are older than this setting, and those
 that came from a host without it. Their content is never changed. At the host's
-boot, a resume and an unrescue their space is set aside at the most. A disk that
+boot, a resume, an unrescue and a soft reboot their space is set aside at the most. A disk that
 Nova's records (disk.info) do not name as what it is taken for is not rewritten.
 """,
     ),

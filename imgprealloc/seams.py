@@ -54,6 +54,8 @@ _SEAMS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         ("self", "context", "instance", "instance_dir", "disk_info", "fallback_from_host"),
     ),
     (driver.LibvirtDriver, "pre_live_migration", ("self", "context", "instance")),
+    (driver.LibvirtDriver, "_live_migration_data_gb", ("self", "instance", "disk_paths")),
+    (driver.LibvirtDriver, "_soft_reboot", ("self", "instance")),
     (driver.LibvirtDriver, "_create_guest", ("self", "context", "xml", "instance", "power_on", "pause")),
     (
         driver.LibvirtDriver,

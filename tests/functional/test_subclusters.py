@@ -21,6 +21,7 @@ from imgprealloc import OverlaySubclusters
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
 from imgprealloc import qemu_img
+from imgprealloc import subclusters as counted_subclusters
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -248,6 +249,69 @@ def test_rewritten_disk_keeps_the_relative_name_of_its_base(folder: pathlib.Path
         image = Preallocator(overlay_subclusters=subclusters).preallocate(disk, "rewrite", format="qcow2")
 
         assert image.backing_file == base.name
+
+
+# How much of it a copy of the disk alone has in it.
+
+
+def _allocated(disk: pathlib.Path) -> int | None:
+    with open(disk, "rb") as file:
+        return counted_subclusters.allocated(file.fileno())
+
+
+def test_clusters_count_in_which_something_was_written(folder: pathlib.Path, base: pathlib.Path) -> None:
+    # Two tables: one has 8192 clusters.
+    size = 1024 * MiB + 64 * MiB
+    Preallocator().create(folder / "disk", size, str(base), backing_format="raw")
+    disk = folder / "disk"
+    assert _allocated(disk) == 0
+
+    images.qemu_io(disk, "write -P 1 4k 4k", "write -P 1 64k 4k", "write -P 1 20M 256k", f"write -P 1 {1030 * MiB} 512")
+
+    assert _allocated(disk) == 4 * 128 * KiB
+
+
+@pytest.mark.parametrize("subclusters", WITH_DATA)
+def test_all_counts_that_is_allocated_unwritten(folder: pathlib.Path, subclusters: OverlaySubclusters) -> None:
+    disk, _ = make(folder, subclusters, images.random_file(folder / "base", 5 * MiB))
+
+    assert _allocated(disk) == (SIZE if subclusters == "copied" else SIZE - 5 * MiB)
+
+
+@pytest.mark.parametrize("options", [{}, {"compat": "0.10"}])
+def test_disk_without_subclusters_is_not_counted(folder: pathlib.Path, options: dict[str, str]) -> None:
+    assert _allocated(images.qcow2(folder / "disk", SIZE, **options)) is None
+
+
+def test_what_is_no_qcow2_is_not_counted(folder: pathlib.Path) -> None:
+    assert _allocated(images.random_file(folder / "disk", MiB)) is None
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        # The cluster size, the virtual size, the number of tables, and where they are.
+        (20, 63), (24, 1 << 27), (36, 0), (40, 1 << 27)
+    ],
+)  # fmt: skip
+def test_header_that_is_damaged_is_read_no_further(
+    folder: pathlib.Path, base: pathlib.Path, offset: int, value: int
+) -> None:
+    Preallocator().create(folder / "disk", SIZE, str(base), backing_format="raw")
+    images.qemu_io(folder / "disk", "write -P 1 0 1M")
+    with open(folder / "disk", "r+b") as file:
+        os.pwrite(file.fileno(), value.to_bytes(4, "big"), offset)
+
+    assert _allocated(folder / "disk") is None
+
+
+def test_no_more_tables_are_read_than_a_moment_allows(
+    folder: pathlib.Path, base: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Preallocator().create(folder / "disk", SIZE, str(base), backing_format="raw")
+    monkeypatch.setattr(counted_subclusters, "_MOST_TABLES", 64 * KiB)
+
+    assert _allocated(folder / "disk") is None
 
 
 # How far it has come.

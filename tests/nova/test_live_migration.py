@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block live migration, at the destination: the targets, and what QEMU's mirror has left of them."""
+"""Block live migration: how much Nova takes it for, the targets, and what QEMU's mirror has left of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from compute_host import all_disks
 import images
 from nova.compute import utils as compute_utils
 from oslo_concurrency import processutils
+from oslo_utils import units
 import pytest
 
 import imgprealloc
 from imgprealloc import healing
+from imgprealloc import subclusters
 import imgprealloc.nova
 
 
@@ -132,6 +134,60 @@ def test_disks_that_arrive_take_what_they_need_whatever_is_to_be_kept_free(
     node.arrived(instance)
 
     assert node.states(instance) == all_disks("preallocated")
+
+
+# By which Nova is patient with a migration, and slow to let its guest stand still for longer.
+GIB = 3
+
+
+def _to_send(node: Host, instance: compute_host.Instance) -> float:
+    """Return what Nova has to send, in GiB, beside the least that it counts of a guest's memory."""
+    count = node.driver._live_migration_data_gb
+    return float(count(instance, [node.disk(instance)]) - count(instance, []))
+
+
+def _large(host: Callable[..., Host], **options: Any) -> tuple[Host, compute_host.Instance]:
+    """Return a node with an instance whose disk is larger than the least that Nova counts, and has little in it."""
+    node = host(**{"libvirt__images_type": "qcow2", **options})
+    instance = node.spawn(node.instance(compute_host.flavor(root_gb=GIB)))
+    node.write(instance)
+    return node, instance
+
+
+@pytest.mark.parametrize("mode", ["falloc", "metadata"])
+def test_no_more_is_to_be_sent_than_of_stocks_disk(host: Callable[..., Host], mode: str) -> None:
+    stock = _to_send(*_large(host, preallocated=False))
+
+    node, instance = _large(host, imgprealloc__mode=mode)
+
+    assert os.path.getsize(node.disk(instance)) > GIB * units.Gi
+    assert _to_send(node, instance) == stock < GIB
+
+
+def test_what_the_operator_has_had_allocated_is_to_be_sent(host: Callable[..., Host]) -> None:
+    # The base image has 64 MiB.
+    assert _to_send(*_large(host, imgprealloc__overlay_subclusters="allocated")) > GIB - 0.1
+
+
+def test_all_of_a_raw_disk_is_to_be_sent_as_with_stock_nova(host: Callable[..., Host]) -> None:
+    assert _to_send(*_large(host, libvirt__images_type="raw")) == GIB
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("a fault"), PermissionError("not ours to read")])
+def test_fault_of_ours_keeps_no_guest_from_being_sent(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    node, instance = _large(host)
+    monkeypatch.setattr(subclusters, "allocated", mock.Mock(side_effect=fault))
+
+    assert _to_send(node, instance) == os.path.getsize(node.disk(instance)) / units.Gi
+
+
+def test_disk_that_is_gone_is_left_to_nova(host: Callable[..., Host]) -> None:
+    node, instance = _large(host)
+    os.unlink(node.disk(instance))
+
+    assert _to_send(node, instance) == 0
 
 
 @pytest.mark.parametrize("mode", ["falloc", "full"])

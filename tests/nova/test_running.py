@@ -243,6 +243,22 @@ def test_guest_that_fails_keeps_the_others_from_nothing(
     assert here.states == all_disks("preallocated")
 
 
+def test_guest_that_has_ended_since_the_round_began_is_worth_no_warning(
+    node: Callable[..., Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    here = node("raw")
+    libvirt = libvirt_driver.libvirt
+    ended = libvirt.libvirtError("Domain not found")
+    ended.err = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_FROM_QEMU, "Domain not found", 2)
+    xml = mock.Mock(side_effect=ended)
+    here.host.domains[here.instance.uuid].XMLDesc = xml  # type: ignore[method-assign]
+
+    here.round()
+
+    assert xml.called
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -18,6 +18,7 @@ from compute_host import Host
 from compute_host import all_disks
 import images
 import loop_filesystem
+from nova.virt.libvirt import driver as libvirt_driver
 import nova_disks
 from oslo_service import loopingcall
 from oslo_utils import units
@@ -397,8 +398,20 @@ def _unrescue(node: Host, instance: compute_host.Instance) -> None:
     node.driver.unrescue(compute_host.CONTEXT, instance)
 
 
+def _soft_reboot(node: Host, instance: compute_host.Instance) -> None:
+    def launch(driver: Any, rebooted: compute_host.Instance) -> bool:
+        """Shut the guest down and have libvirt start it again, as it is described already."""
+        node.domains[rebooted.uuid] = compute_host.Domain(rebooted.uuid, node.domains[rebooted.uuid].xml)
+        return True
+
+    with mock.patch.object(libvirt_driver.LibvirtDriver, "_soft_reboot", launch):
+        node.driver.reboot(compute_host.CONTEXT, instance, compute_host.NETWORK, "SOFT")
+
+
 # Of these Nova lets its image backends know nothing.
-PAST_CACHE = pytest.mark.parametrize("start", [Host.boot, _resume, _unrescue], ids=["boot", "resume", "unrescue"])
+PAST_CACHE = pytest.mark.parametrize(
+    "start", [Host.boot, _resume, _unrescue, _soft_reboot], ids=["boot", "resume", "unrescue", "soft-reboot"]
+)
 
 
 @PAST_CACHE
