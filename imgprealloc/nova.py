@@ -340,12 +340,14 @@ def _described_disks(xml: str, instance: Any) -> Iterator[tuple[str, str]]:
     """List the disks of ours that a guest's description has, each with its format."""
     config = vconfig.LibvirtConfigGuest()
     config.parse_str(xml)
-    folder = libvirt_utils.get_instance_path(instance)
+    # A guest that has come from another host has that one's spelling.
+    folder = os.path.realpath(libvirt_utils.get_instance_path(instance))
     for device in config.devices:
         if not isinstance(device, vconfig.LibvirtConfigGuestDisk) or device.source_type != "file":
             continue
         path, format = device.source_path, device.driver_format
-        if path and format and os.path.dirname(path) == folder and instances.is_disk(path):
+        # Its name first: the folder of a volume may be where nobody answers.
+        if path and format and instances.is_disk(path) and os.path.realpath(os.path.dirname(path)) == folder:
             yield path, format
 
 

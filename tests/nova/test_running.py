@@ -176,6 +176,18 @@ def test_what_a_fragmented_disk_has_lost_is_noticed_beside_its_extent_map_s_own_
     assert images.holes(path) == 0
 
 
+def test_folder_of_the_instances_may_be_written_otherwise_than_when_the_guest_was_started(
+    node: Callable[..., Node],
+) -> None:
+    # As state_path with a slash at its end has it, here or where the guest has come from.
+    here = node("raw")
+    nova_disks.CONF.set_override("instances_path", "//".join(os.path.split(here.host.path)))
+
+    here.round()
+
+    assert here.states == all_disks("preallocated")
+
+
 @KINDS
 def test_flavor_that_promises_no_space_gets_none(node: Callable[..., Node], kind: str) -> None:
     here = node(kind, compute_host.flavor(imgprealloc__mode="metadata"))
