@@ -18,7 +18,9 @@ import contextvars
 import ctypes
 import dataclasses
 import errno
+import heapq
 import itertools
+import operator
 import os
 import struct
 import sys
@@ -107,19 +109,19 @@ class ExtentMap(Sequence[Extent]):
     """
 
     def __init__(self) -> None:
-        self._starts = array.array("Q")
-        self._ends = array.array("Q")
+        self.starts = array.array("Q")
+        self.ends = array.array("Q")
         self._shared = bytearray()
 
     def add(self, start: int, end: int, *, shared: bool) -> None:
         """Add what follows; nothing where it is empty."""
         if end > start:
-            self._starts.append(start)
-            self._ends.append(end)
+            self.starts.append(start)
+            self.ends.append(end)
             self._shared.append(shared)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
     @overload
     def __getitem__(self, index: int) -> Extent: ...
@@ -130,8 +132,8 @@ class ExtentMap(Sequence[Extent]):
     def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        start = self._starts[index]
-        return Extent(start, self._ends[index] - start, bool(self._shared[index]))
+        start = self.starts[index]
+        return Extent(start, self.ends[index] - start, bool(self._shared[index]))
 
 
 def reserve(path: str, name: str, start: int, length: int) -> None:
@@ -201,7 +203,9 @@ def fill_named(path: str, device: int, inode: int, start: int, length: int) -> N
         if (status.st_dev, status.st_ino) != (device, inode):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
         space = os.fstatvfs(fd)
-        if space.f_bavail * space.f_frsize < length:
+        available = space.f_bavail * space.f_frsize
+        # A stretch of many holes has most of its space already.
+        if available < length and available < _lacking(fd, start, length):
             # Root would get what is kept for root.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         _fallocate(fd, _KEEP_SIZE, start, length)
@@ -209,11 +213,18 @@ def fill_named(path: str, device: int, inode: int, start: int, length: int) -> N
         os.close(fd)
 
 
+def _lacking(fd: int, start: int, length: int) -> int:
+    """Count the bytes of a stretch that are not set aside."""
+    found = extents_of(fd)
+    return length if found is None else sum(hole.length for hole in _missing(found, start, start + length))
+
+
 def gaps(found: Sequence[Extent] | None, start: int, end: int) -> list[Extent]:
     """List what is not set aside between start and end, in no more than _MOST_GAPS pieces.
 
     For reserve(), because XFS wants as much free space as the whole range has,
-    allocated already or not.
+    allocated already or not. So of very many a few are taken together, and none that have
+    much between them.
 
     :param found: the file's extents()
     """
@@ -235,9 +246,14 @@ def _gaps(found: Sequence[Extent], start: int, end: int) -> list[Extent]:
     missing = _missing(found, start, end)
     if len(missing) <= _MOST_GAPS:
         return list(missing)
-    size = -(-len(missing) // _MOST_GAPS)
-    groups = [(missing[first], missing[min(first + size, len(missing)) - 1]) for first in range(0, len(missing), size)]
-    return [Extent(first.start, last.end - first.start) for first, last in groups]
+    half = _MOST_GAPS // 2
+    size = -(-len(missing) // half)
+    # In numbers, because there may be millions.
+    between = array.array("Q", map(operator.sub, itertools.islice(missing.starts, 1, None), missing.ends))
+    longest = heapq.nlargest(half - 1, range(len(between)), key=between.__getitem__)
+    breaks = sorted({*range(size, len(missing), size), *(number + 1 for number in longest)})
+    groups = zip([0, *breaks], [*breaks, len(missing)])
+    return [Extent(missing.starts[first], missing.ends[end - 1] - missing.starts[first]) for first, end in groups]
 
 
 def shared(name: str) -> list[Extent]:

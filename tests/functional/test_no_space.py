@@ -18,6 +18,7 @@ from functional import kinds
 from imgprealloc import Mode
 from imgprealloc import Preallocator
 from imgprealloc import exceptions
+from imgprealloc import fallocate
 from imgprealloc.promise import Promise
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -357,6 +358,24 @@ def test_holes_need_no_more_room_than_they_have(tight: pathlib.Path, snug: Calla
     snug(4 * MiB)
 
     assert Preallocator().preallocate(tight / "disk", format=format).state == "preallocated"
+
+
+@kinds.common
+@pytest.mark.parametrize("filler", [None, fallocate.fill_named], ids=["by itself", "by root"])
+def test_very_many_holes_need_no_more_room_than_they_have(
+    tight: pathlib.Path, snug: Callable[[int], None], filler: fallocate.Filler | None
+) -> None:
+    # By twos, the last of those at the begin would be filled together with the first at the end.
+    holes = [*range(0, 499 * 8192, 8192), 150 * MiB, 155 * MiB, 160 * MiB]
+    disk = images.sparse_file(tight / "disk", 160 * MiB)
+    with open(disk, "r+b") as file:
+        for hole, following in zip(holes, holes[1:]):
+            os.posix_fallocate(file.fileno(), hole + 4096, following - hole - 4096)
+    assert images.holes(disk) == 501 * 4096
+    snug(4 * MiB)
+
+    with fallocate.filling_by(filler):
+        assert Preallocator().preallocate(disk, format="raw").state == "preallocated"
 
 
 @kinds.common

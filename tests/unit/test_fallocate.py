@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import errno
 import os
 import pathlib
@@ -134,6 +135,19 @@ def test_what_is_kept_for_root_is_not_for_disks(file: pathlib.Path) -> None:
     assert file.stat().st_blocks == 0
 
 
+def test_stretch_of_many_holes_wants_no_more_than_these_have(file: pathlib.Path) -> None:
+    with open(file, "wb") as disk:
+        os.posix_fallocate(disk.fileno(), 0, 32768)
+        fallocate.punch(disk.fileno(), 8192, 4096)
+    status = file.stat()
+
+    for available, filled in ((0, 7), (1, 8)):
+        space = SimpleNamespace(f_bfree=100, f_bavail=available, f_frsize=4096)
+        with fixtures.MockPatchObject(os, "fstatvfs", lambda fd, space=space: space), contextlib.suppress(OSError):
+            fallocate.fill_named(str(file), status.st_dev, status.st_ino, 0, 32768)
+        assert file.stat().st_blocks * 512 == filled * 4096
+
+
 def test_link_to_the_file_that_was_meant_is_not_followed(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
@@ -163,6 +177,19 @@ def test_very_many_gaps_are_taken_together() -> None:
 
     assert len(gaps) <= 500
     assert (gaps[0].start, gaps[-1].end) == (0, 4999 * 8192 + 4096)
+
+
+def test_very_many_gaps_with_much_between_them_stay_apart() -> None:
+    # By twos, two would be taken together that have all the rest of the file between them.
+    starts = [number * 8192 for number in range(501)] + [units.Gi]
+    ends = [start + 4096 for start in starts]
+    found = [Extent(end, start - end) for end, start in zip(ends, starts[1:])]
+
+    gaps = fallocate.gaps(found, 0, ends[-1])
+
+    assert len(gaps) <= 500
+    assert gaps[-1] == Extent(units.Gi, 4096)
+    assert max(gap.length for gap in gaps[:-1]) == 4096 + 2 * 8192
 
 
 def test_file_that_we_may_not_write_is_told_of_before_a_program_would(programs: Programs, file: pathlib.Path) -> None:
