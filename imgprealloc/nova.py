@@ -316,9 +316,9 @@ def _refill(guest: Any, instance: Any) -> None:
     """Set aside again what a guest that runs has given back."""
     try:
         strategy = opts.for_existing(CONF, _preallocator(instance))
-        for path, _ in _described_disks(guest.get_xml_desc(), instance):
+        for path, format in _described_disks(guest.get_xml_desc(), instance):
             try:
-                refilling.refill(strategy, path, fill_as_root)
+                refilling.refill(strategy, path, fill_as_root, format=format)
             except exceptions.DiskNotFound:
                 LOG.debug("%s is gone", path, instance=instance)
             except exceptions.PreallocationError as exc:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guest that runs has given back of its disk's file is set aside again.
 
-Only holes within the file are filled, whatever its format is: no program reads
-the disk, nothing of it is believed, and the file becomes no longer. Neither
-content nor length changes, so that whatever else is done to the disk meanwhile
-may go on, and nobody waits.
+Holes within the file are filled, whatever its format is. What a guest gives back
+of a qcow2 disk makes none: its clusters are free in the file, and the next write may
+pass over some that do not suit it, and make the file longer. So space for that is
+held past the file's end, once and for all, where QEMU lets a guest give back what it
+has zeroed. No program reads the disk, and nothing of it is believed but the size in a
+qcow2 header. Neither content nor length changes, so that whatever else is done to
+the disk meanwhile may go on, and nobody waits.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from imgprealloc import log
 from imgprealloc import looks
 from imgprealloc import os_errors
 from imgprealloc import promise
+from imgprealloc import qcow2_header
+from imgprealloc import qemu_img
 from imgprealloc import sizes
+from imgprealloc import worst_case
 from imgprealloc.preallocator import Preallocator
 
 LOG = logging.getLogger(__name__)
@@ -35,18 +41,24 @@ _LITTLE = 0.1
 
 _MOST_REMEMBERED = 10_000
 
+# Blocks that no file has: one that was whole, and is looked at in the next round all the same.
+_LOOK_AGAIN = -1
+
 # By device and inode: the length and the blocks of files that were seen without holes.
 _whole: dict[tuple[int, int], tuple[int, int]] = {}
 _whole_lock = threading.Lock()
 
 
-def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler] = None) -> int:
-    """Fill the holes of a disk that had none, and return how many bytes they had.
+def refill(
+    strategy: Preallocator, path: str, filler: Optional[fallocate.Filler] = None, *, format: Optional[str] = None
+) -> int:
+    """Fill the holes of a disk that had none, and return how many bytes were set aside.
 
     A disk in which nothing has changed costs one stat(2), one whose guest has
     written to it a look at its extents.
 
     :param filler: fills them where the disk is not ours to write
+    :param format: as what QEMU has opened it; None where nobody knows
     :raises: PreallocationError, NoSpace among them: with nothing filled, unless
         others have taken the space meanwhile
     """
@@ -65,13 +77,27 @@ def refill(strategy: Preallocator, path: str, filler: Optional[fallocate.Filler]
         if extents is None:
             return 0
         missing = length - fallocate.held(extents, length)
-        if missing and not _is_to_have_it(strategy, file, key, missing, length):
+        end = max(length, _end(file, length)) if format == "qcow2" else length
+        beyond = end - fallocate.held(extents, end) - missing
+        if (missing or beyond) and not _is_to_have_it(strategy, file, key, missing, length):
             return 0
         if missing:
             _fill(strategy, file, extents, length, missing, filler)
-        _remember(key, length, os.fstat(file.fd).st_blocks)
+            LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
+        is_all = not beyond or _hold_beyond(strategy, file, extents, length, end, beyond, filler)
+        _remember(key, length, os.fstat(file.fd).st_blocks if is_all else _LOOK_AGAIN)
     log.forget_one("given back", path)
-    return missing
+    return missing + (beyond if is_all else 0)
+
+
+def _end(file: disk_file.DiskFile, length: int) -> int:
+    """Return where ends what a qcow2 disk may ask for, whatever its guest gives back."""
+    if qemu_img.version(file.path) >= qemu_img.KEEPS_ZEROED_SPACE:
+        return length
+    header = qcow2_header.look(file.fd)
+    if header is None or not header.has_cluster_size:
+        return length
+    return worst_case.after_giving_back(header, length, -(-header.virtual_size // header.cluster_size))
 
 
 def _is_to_have_it(
@@ -102,13 +128,40 @@ def _fill(
         raise promise.lacking(
             file.path, f"its guest has given {sizes.exact(missing)} back", available, strategy.keep_free
         )
-    is_ours = os.access(file.path, os.W_OK)
     # What has been filled when the space runs out all the same, stays: to make holes
     # of it again beside a guest, who may write there just then, would cost its data.
+    _reserve(file, extents, 0, length, filler)
+
+
+def _hold_beyond(
+    strategy: Preallocator,
+    file: disk_file.DiskFile,
+    extents: Sequence[fallocate.Extent],
+    length: int,
+    end: int,
+    beyond: int,
+    filler: Optional[fallocate.Filler],
+) -> bool:
+    """Hold what is missing past a file's end; whether there was room, which nobody has been promised."""
+    if beyond > filesystem.room(file.fd, strategy.keep_free):
+        LOG.debug("%s: no room for %s past its end", file.path, sizes.exact(beyond))
+        return False
+    _reserve(file, extents, length, end, filler)
+    LOG.debug("%s: %s are held past its end", file.path, sizes.exact(beyond))
+    return True
+
+
+def _reserve(
+    file: disk_file.DiskFile,
+    extents: Sequence[fallocate.Extent],
+    start: int,
+    end: int,
+    filler: Optional[fallocate.Filler],
+) -> None:
+    is_ours = os.access(file.path, os.W_OK)
     with fallocate.filling_by(None if is_ours else filler):
-        for gap in fallocate.gaps(extents, 0, length):
+        for gap in fallocate.gaps(extents, start, end):
             fallocate.reserve(file.path, file.program_name, gap.start, gap.length)
-    LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
 
 
 def _remember(key: tuple[int, int], length: int, blocks: int) -> None:

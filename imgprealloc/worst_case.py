@@ -123,12 +123,35 @@ def reusable(header: Header, image_end: int, clusters: int, in_use: int) -> int:
     :param clusters: of the virtual size
     :param in_use: by the guest, or by nothing (leaked)
     """
-    if header.cluster_size < _ORDINARY_CLUSTER_SIZE or header.snapshots or header.has_bitmaps:
+    if not _is_reused(header):
         return 0
-    # What all tables take, where everything is allocated.
+    return max(0, image_end // header.cluster_size - in_use - _lost(header, clusters))
+
+
+def after_giving_back(header: Header, image_end: int, clusters: int) -> int:
+    """Return the greatest length that a file with a place for each cluster is said to grow to later, in bytes.
+
+    That is what size() tells of it once its guest has given back clusters, as many as
+    it may, of which reusable() takes some for lost. No more than image_end where the file
+    is too short for all clusters, or none in it is ever taken for reusable.
+
+    :param clusters: of the virtual size
+    """
+    if image_end < clusters * header.cluster_size or not _is_reused(header):
+        return image_end
+    # Where clusters are free, it does not matter which: what is lost, and all of the guest's, is what counts.
+    return max(image_end, size(header, _lost(header, clusters) * header.cluster_size, clusters, clusters))
+
+
+def _is_reused(header: Header) -> bool:
+    return header.cluster_size >= _ORDINARY_CLUSTER_SIZE and not (header.snapshots or header.has_bitmaps)
+
+
+def _lost(header: Header, clusters: int) -> int:
+    """Return how many clusters of a file its guest cannot count on: what all tables take, and gaps."""
+    # Where everything is allocated.
     tables = size(header, 0, clusters, clusters) // header.cluster_size - clusters
-    tables += header.refcount_table_clusters + _divided(header.l1_entries * _ENTRY, header.cluster_size)
-    return max(0, image_end // header.cluster_size - in_use - tables - _GAPS)
+    return tables + header.refcount_table_clusters + _divided(header.l1_entries * _ENTRY, header.cluster_size) + _GAPS
 
 
 def _with_refcounts(clusters: int, in_a_block: int) -> int:

@@ -121,6 +121,14 @@ class Server:
 
         _wait_until(lambda: f"there are holes: {holes()}", lambda: not holes())
 
+    def wait_until_not_short(self) -> None:
+        """Wait until none of the disks may ask its filesystem for anything."""
+
+        def short() -> dict[str, int]:
+            return {name: disk.shortfall for name, disk in self.disks().items() if disk.shortfall}
+
+        _wait_until(lambda: f"disks are short: {short()}", lambda: not short())
+
     def act(self, status: str, **action: Any) -> dict[str, Any]:
         """Ask Nova for an action, wait for the status in which it has to end, and return the answer."""
         answer = self._api.post_server_action(self.uuid, action)

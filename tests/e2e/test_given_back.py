@@ -43,6 +43,7 @@ def test_nothing_is_short_soon_after_a_guest_has_given_space_back(
     # A file that has become longer would have taken space that nobody was promised.
     sizes = {name: disk.file_size for name, disk in server.launch.disks.items()}
     assert {name: disk.file_size for name, disk in server.disks().items()} == sizes
+    server.wait_until_not_short()
 
 
 def test_disk_is_short_that_nobody_looks_after(start_cloud: Callable[..., Cloud]) -> None:

@@ -131,3 +131,34 @@ def test_table_is_no_longer_than_it_has_to_be_once_it_was_repaired(tmp_path: pat
     found, _ = worst_case.repaired(shape, 4 * MiB)
 
     assert found.refcount_table_clusters == 1
+
+
+@pytest.mark.parametrize("cluster_size", [64 * KiB, 128 * KiB, 2 * MiB])
+@pytest.mark.parametrize("clusters", [1, 60, 700, 40_000])
+@pytest.mark.parametrize("longer", [0, 3, 63, 70, 200])
+def test_whatever_a_guest_gives_back_its_file_is_said_to_become_no_longer_than_that(
+    tmp_path: pathlib.Path, cluster_size: int, clusters: int, longer: int
+) -> None:
+    shape = header(tmp_path, cluster_size, incompatible=qcow2_file.EXTENDED_L2)
+    end = worst_case.length(clusters * cluster_size, cluster_size, extended_l2=True) + longer * cluster_size
+
+    found = worst_case.after_giving_back(shape, end, clusters)
+
+    told = []
+    for free in {0, 1, 63, 64, 65, 70, clusters // 2, clusters}:
+        # What is free at the end is not in use, either.
+        for image_end in (end, max(4 * cluster_size, end - free * cluster_size)):
+            growing = max(0, free - worst_case.reusable(shape, image_end, clusters, clusters - free))
+            told += [worst_case.size(shape, image_end, clusters, growing)] if free <= clusters else []
+    assert found >= max(told)
+    # And not the disk a second time.
+    tables = worst_case.size(shape, 0, clusters, clusters) // cluster_size - clusters
+    assert found <= end + (64 + 2 * tables + 4) * cluster_size
+
+
+def test_file_that_has_not_all_clusters_yet_is_none_of_which_any_were_given_back(tmp_path: pathlib.Path) -> None:
+    shape = header(tmp_path, 64 * KiB)
+
+    assert worst_case.after_giving_back(shape, 256 * KiB, 16 * 1024) == 256 * KiB
+    assert worst_case.after_giving_back(header(tmp_path, 8 * KiB), GiB, 16 * 1024) == GiB
+    assert worst_case.after_giving_back(dataclasses.replace(shape, snapshots=1), 2 * GiB, 16 * 1024) == 2 * GiB
