@@ -319,8 +319,9 @@ has all its clusters, and not the space; ``imgprealloc show`` tells what it lack
 Less than a page
 ================
 
-Where a guest writes less than a page to a place that it has not written, QEMU asks the
-filesystem to zero the rest of the page, and that may want room. So many writes of
+Where a guest writes less than a page to a place that it has not written, or more that
+does not begin and end with a page, QEMU asks the filesystem to zero the rest of the page,
+and that may want room. So many writes of
 {sector} bytes failed, in random order beyond the base image, with so much left on the
 filesystem: of 4096 where nobody had written; and of 2000 of zeros, and 2000 of data to
 the same places afterwards.

@@ -355,6 +355,19 @@ def test_limit_sectors_beyond_the_base_of_an_overlay_that_was_mapped_before_it_g
     assert ("No space left on device" in failure) == (kind == "xfs")
 
 
+@pytest.mark.parametrize("block_size", [4 * KiB, 64 * KiB])
+def test_limit_pages_and_more_that_begin_within_a_page_beyond_the_base(
+    tight: pathlib.Path, kind: str, base: pathlib.Path, block_size: int
+) -> None:
+    Preallocator().create(tight / "disk", SIZE, str(base), backing_format="raw")
+    full(tight)
+
+    with images.guest(tight / "disk") as address:
+        failure = write_randomly(address, offset=BASE + 512, size=2 * MiB, block_size=block_size)
+
+    assert ("No space left on device" in failure) == (kind == "xfs"), failure
+
+
 def test_limit_sectors_over_zeros_of_a_raw_base(tight: pathlib.Path, kind: str) -> None:
     base = images.sparse_file(tight / "base", BASE)
     Preallocator().create(tight / "disk", SIZE, str(base), backing_format="raw")
