@@ -44,11 +44,16 @@ def in_deb(deb: pathlib.Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def in_rpm(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The RPM's files."""
+def rpm(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Build the RPM."""
     tools_needed.require(["rpmbuild"])
-    built = _built("build-rpm", tmp_path_factory.mktemp("rpm"))
-    listed = _output("rpm", "--query", "--list", "--package", built).splitlines()
+    return _built("build-rpm", tmp_path_factory.mktemp("rpm"))
+
+
+@pytest.fixture(scope="module")
+def in_rpm(rpm: pathlib.Path) -> set[str]:
+    """The RPM's files."""
+    listed = _output("rpm", "--query", "--list", "--package", rpm).splitlines()
     folders = {line for line in listed if any(other.startswith(f"{line}/") for other in listed)}
     return {line.lstrip("/") for line in listed if line not in folders}
 
@@ -103,3 +108,35 @@ def test_deb_depends_on_debian_s_nova_and_on_all_that_we_require(deb: pathlib.Pa
     assert required
     for name in ("nova", *required):
         assert re.search(rf"\bpython3-{re.escape(name)}\b", depends), name
+
+
+_REMOVED = pytest.mark.parametrize(
+    ("package", "argument", "is_stopped"),
+    [("deb", "remove", True), ("deb", "upgrade", False), ("rpm", "0", True), ("rpm", "1", False)],
+)
+
+
+@_REMOVED
+def test_package_takes_its_timers_with_it_as_it_is_removed(
+    package: str, argument: str, is_stopped: bool, request: pytest.FixtureRequest, tmp_path: pathlib.Path
+) -> None:
+    built = request.getfixturevalue(package)
+    if package == "deb":
+        script = _output("dpkg-deb", "--info", built, "prerm")
+    else:
+        script = _output("rpm", "--query", "--package", built, "--queryformat", "%{PREUN}")
+    log = tmp_path / "log"
+    log.touch()
+    # Python's is not asked for here; systemd's fail, as they may.
+    for program, status in {"deb-systemd-invoke": 1, "systemctl": 1, "py3clean": 0}.items():
+        (tmp_path / program).write_text(f'#!/bin/sh\necho "{program} $@" >>{log}\nexit {status}\n')
+        (tmp_path / program).chmod(0o755)
+
+    # As if systemd ran.
+    script = script.replace("/run/systemd/system", "/")
+    subprocess.run(["sh", "-ec", script, "script", argument], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+
+    said = [line.split() for line in log.read_text().splitlines() if not line.startswith("py3clean")]
+    timers = {unit for unit in _UNITS if unit.endswith(".timer")}
+    assert [timers & set(words) for words in said] == ([timers] if is_stopped else [])
+    assert all({"stop", "--now"} & set(words) for words in said)
