@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import os
-from typing import Any
+from typing import Any, Optional
 
 from oslo_concurrency import processutils
 
+from imgprealloc.image import DiskImage
+
 
 class PreallocationError(Exception):
-    """A disk could not be read or preallocated; the base of all our errors.
+    """A disk could not be read or preallocated; the base of all our errors but IncompatibleNova.
 
     :param path: the disk's file
     :param reason: what was found, without a full stop
@@ -87,11 +89,11 @@ class FileError(PreallocationError):
 class ImageInUse(PreallocationError):
     """Another process has the image open, or is replacing it.
 
-    :param image: the DiskImage as it is, where all was done but what nobody may
-        have it open for
+    :param image: the disk as it is, where all was done but what nobody may have
+        it open for; else None
     """
 
-    def __init__(self, path: str, reason: str, remedy: str, image: Any = None) -> None:
+    def __init__(self, path: str, reason: str, remedy: str, image: Optional[DiskImage] = None) -> None:
         super().__init__(path, reason, remedy)
         self.image = image
 
@@ -107,7 +109,8 @@ class FormatMismatch(UnsupportedFormat):
 class FormatNotCertain(PreallocationError):
     """The format is known by nobody's word, and the disk would have to be changed under a guess.
 
-    :param guess: the format that its first bytes look like
+    :param guess: the format that its first bytes look like; empty where nobody has
+        looked, because it is a backing file's
     """
 
     def __init__(self, path: str, reason: str, remedy: str, guess: str) -> None:
@@ -120,11 +123,15 @@ class BackingFileUnusable(PreallocationError):
 
 
 class BrokenImage(PreallocationError):
-    """qemu-img finds the image corrupt, or says something unreadable of it."""
+    """The image is corrupt or empty, or qemu-img says, or has made of it, what cannot be."""
 
 
 class UnsupportedFilesystem(PreallocationError):
-    """The filesystem cannot hold space, and on_unsupported is "error"."""
+    """The filesystem cannot do what is asked of it.
+
+    As to hold space, where on_unsupported is "error" or each overwrite takes new
+    space; to give it back; to keep a rate; or to tell where bytes are.
+    """
 
 
 class ProgramMissing(PreallocationError):
@@ -154,10 +161,10 @@ class ProgramKilled(PreallocationError):
 class NotPreallocated(PreallocationError):
     """The disk, read again afterwards, is not what was promised.
 
-    :param image: the DiskImage that was found
+    :param image: the disk as it was found
     """
 
-    def __init__(self, path: str, reason: str, remedy: str, image: Any) -> None:
+    def __init__(self, path: str, reason: str, remedy: str, image: DiskImage) -> None:
         super().__init__(path, reason, remedy)
         self.image = image
 
@@ -184,6 +191,11 @@ class CommandFailed(PreallocationError, processutils.ProcessExecutionError):
 
     It is a ProcessExecutionError too, because that is what Nova expects of a
     failed build before it tries the next host.
+
+    :param cmd: the command line
+    :param exit_code: its exit status
+    :param stdout: the end of what it has printed, as stderr; None where no program
+        was run (NoSpace)
     """
 
     def __init__(

@@ -49,6 +49,9 @@ class DiskImage:
         without nocow, ZFS)
     :param in_use: whether QEMU had it open for writing
     :param backing_file: exactly as the header has it
+    :param backing_format: the same; None where it says none
+    :param cluster_size: bytes; None where the format has no clusters
+    :param extended_l2: whether a cluster has subclusters
     :param clusters: of the whole virtual size; None where the format has no
         cluster map
     :param mapped_clusters: those that a write need not allocate
@@ -62,6 +65,7 @@ class DiskImage:
         anybody writes to it
     :param snapshots: internal snapshots, each of which makes mapped clusters
         copy on write again
+    :param bitmaps: persistent dirty bitmaps that are up to date
     """
 
     path: str

@@ -49,7 +49,8 @@ class Dot(NamedTuple):
 class Layout:
     """Where a disk's bytes are, as exactly as COLUMNS and ROWS can show. Sizes and offsets are bytes.
 
-    :param places: what places are offsets in
+    :param virtual_size: what the guest sees
+    :param places: what places are offsets in, as "in the file" or "on the storage"
     :param low: the lowest place
     :param high: where the highest ends
     :param stretches: those that are at least a column long

@@ -32,6 +32,7 @@ class Plan:
     :param image: the disk as it was found
     :param mode: the one that was asked for, or what stands in for it on this
         filesystem
+    :param treatment: what is done to it; see TreatmentName
     :param state: what the disk is afterwards
     :param space: what it takes more of the filesystem in the end; less than 0
         where a new file is smaller

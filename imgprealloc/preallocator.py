@@ -90,7 +90,7 @@ class Preallocator(Settings):
         """Read a disk, also one in use; nothing is written.
 
         :raises: DiskNotFound, FileError, UnsupportedFormat, FormatMismatch,
-            BrokenImage, ProgramMissing, ProgramKilled
+            BrokenImage, ProgramMissing, ProgramKilled, CommandFailed
         """
         path = disk_file.named(path)
         with os_errors.translated(path), disk_file.opened(path) as file:
@@ -180,7 +180,7 @@ class Preallocator(Settings):
     ) -> DiskImage:
         """Create a new preallocated disk, qcow2 unless told otherwise.
 
-        :param size: virtual size in bytes
+        :param size: virtual size in bytes; rounded up to a multiple of 512
         :param backing: the backing file, absolute or relative to path's folder
         :param backing_format: its format, which nobody but the caller knows
         :param progress: told how far the base's data is copied (overlay_subclusters)
@@ -188,7 +188,9 @@ class Preallocator(Settings):
             ends the call, and nothing is left of the disk
         :param pace: how others on the same storage are thought of; None: not at
             all, as where a guest waits for its disk
-        :raises: TypeError, DiskExists, InvalidSize, FormatNotCertain, NoSpace, and what
+        :raises: TypeError, DiskExists, InvalidSize, FormatNotCertain (of the backing
+            file), BackingFileUnusable, UnsupportedFilesystem, QemuImgTooOld, NoSpace,
+            FileInTheWay, ImageInUse (of the new file), NotPreallocated, and what
             inspect() raises
         """
         path = disk_file.named(path)
@@ -232,8 +234,9 @@ class Preallocator(Settings):
         :param pace: as for create()
         :param write_held: whether mode full writes what is set aside already, too,
             for which nobody may have the disk open; a start does not wait for that
-        :raises: ImageInUse, FormatNotCertain, NoSpace, NotPreallocated, and
-            what inspect() raises
+        :raises: ImageInUse, FormatNotCertain, UnsupportedFilesystem, NoSpace,
+            NotPreallocated; where it is to be replaced, DiskIsLink, OwnerNotKept,
+            FileInTheWay, BackingFileUnusable, QemuImgTooOld; and what inspect() raises
         """
         path = disk_file.named(path)
         started = time.monotonic()
@@ -272,12 +275,13 @@ class Preallocator(Settings):
     ) -> DiskImage:
         """Grow a disk; the new part is preallocated too, the old one is as it was.
 
-        :param size: the new virtual size in bytes
+        :param size: the new virtual size in bytes; rounded up to a multiple of 512
         :param progress: told how far the new part is, where that can be seen (mode
             full); what it raises ends the call, and the disk has its content
         :param pace: as for create()
-        :raises: TypeError, InvalidSize, ImageInUse, FormatNotCertain, NoSpace,
-            NotPreallocated, and what inspect() raises
+        :raises: TypeError, InvalidSize, ImageInUse, FormatNotCertain,
+            UnsupportedFilesystem, NoSpace, NotPreallocated, BackingFileUnusable,
+            FileInTheWay, QemuImgTooOld, and what inspect() raises
         """
         path = disk_file.named(path)
         _require_number(size)
@@ -324,7 +328,7 @@ class Preallocator(Settings):
         progress: Optional[Progress] = None,
         pace: Optional[Pace] = None,
     ) -> DiskImage:
-        """Give back the space of a disk that nobody has written to; what the guest reads never changes.
+        """Give back what of a disk's space nobody has written to; what the guest reads never changes.
 
         In place no byte of the file changes, whatever its format is: a raw disk
         is thin afterwards, a qcow2 one keeps its cluster map, and so is mapped at
@@ -335,8 +339,9 @@ class Preallocator(Settings):
         :param progress: told how far it is; what it raises ends the call, and the
             disk has its content
         :param pace: as for create()
-        :raises: ImageInUse, UnsupportedFilesystem, NoSpace, FormatNotCertain where
-            it is to be rewritten, and what inspect() raises
+        :raises: ImageInUse, UnsupportedFilesystem; where it is to be rewritten,
+            FormatNotCertain, NoSpace, DiskIsLink, OwnerNotKept, FileInTheWay,
+            BackingFileUnusable, QemuImgTooOld; and what inspect() raises
         """
         path = disk_file.named(path)
         started = time.monotonic()

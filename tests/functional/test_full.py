@@ -114,6 +114,7 @@ def test_disk_in_use_is_not_written_and_it_is_told(folder: pathlib.Path, format:
             FULL.preallocate(disk, format=format)
         assert images.unwritten(disk) == unwritten
 
+    assert caught.value.image is not None
     assert caught.value.image.state == "preallocated"
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import configparser
+import dataclasses
 import importlib.util
+import inspect
 import pathlib
 import re
 import shlex
@@ -262,6 +264,48 @@ def test_every_public_name_is_in_the_api(name: str) -> None:
 
 def test_every_state_is_explained() -> None:
     assert {"thin", "mapped", "reserved", "preallocated"} <= set(_first_cells("verify.rst", "States\n"))
+
+
+_MODULES = {path.name for path in said.PACKAGE.glob("*.py")} - {"__init__.py"}
+
+
+def test_every_module_has_its_room_in_the_architecture_and_no_other_has() -> None:
+    page = (_SOURCE / "architecture.rst").read_text()
+    (table,) = re.findall(r"\n=+ =+\n(.*?)\n=+ =+\n", page, re.DOTALL)
+
+    first_cells = "\n".join(line[: line.find("   ")] for line in table.splitlines() if not line.startswith(" "))
+    assert set(re.findall(r"``(\w+\.py)``", first_cells)) == _MODULES
+
+
+# The library's own words
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [imgprealloc.DiskImage, imgprealloc.Layout, imgprealloc.Pace, imgprealloc.Plan, imgprealloc.Preallocator],
+    ids=lambda kind: kind.__name__,
+)
+def test_each_field_of_a_public_value_is_explained(kind: Any) -> None:
+    unexplained = [field.name for field in dataclasses.fields(kind) if f":param {field.name}: " not in kind.__doc__]
+
+    assert unexplained == []
+
+
+_VERBS = [
+    verb
+    for name, verb in inspect.getmembers(imgprealloc.Preallocator, inspect.isfunction)
+    if not name.startswith("_") and ":raises:" in (verb.__doc__ or "")
+]
+
+
+def _raised(verb: Any) -> set[str]:
+    return set(re.findall(r"\w+", inspect.cleandoc(verb.__doc__).partition(":raises:")[2]))
+
+
+def test_each_error_of_a_disk_is_told_of_by_a_verb_that_raises_it() -> None:
+    told = set[str]().union(*map(_raised, _VERBS))
+
+    assert said.ERRORS.keys() - {"PreallocationError", "IncompatibleNova"} <= told
 
 
 # Pictures

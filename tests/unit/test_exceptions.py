@@ -312,6 +312,13 @@ def test_nova_that_is_not_known_is_told_with_all_its_faults() -> None:
     assert not isinstance(error, PreallocationError)
 
 
+@pytest.mark.parametrize("kind", list(dict.fromkeys(kind for kind, _ in ERRORS)))
+def test_error_has_nothing_that_is_not_typed(kind: type[PreallocationError]) -> None:
+    annotations = [str(told.annotation) for told in inspect.signature(kind).parameters.values()]
+
+    assert not [told for told in annotations if "Any" in told or told == str(inspect.Parameter.empty)]
+
+
 def test_error_stays_on_its_line_whatever_the_disk_is_called() -> None:
     error = exceptions.DiskNotFound("/a\nb\x1b[2J\udcff", "there is\nno such file", "Check the path.")
 

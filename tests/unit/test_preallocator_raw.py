@@ -282,6 +282,7 @@ def test_no_zeros_are_written_to_a_disk_in_use(host: Host, opened: Callable[[str
 
     assert host.run("zeros") == []
     # Its space is set aside all the same, and it is told.
+    assert caught.value.image is not None
     assert caught.value.image.state == "preallocated"
     assert "never written" in str(caught.value)
 
