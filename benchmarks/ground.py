@@ -137,12 +137,6 @@ def write_out(mount_point: str) -> None:
     settle(mount_point)
 
 
-def is_direct(mount_point: str) -> bool:
-    """Whether the loop device goes past the host's page cache."""
-    device = _output("findmnt", "-n", "-o", "SOURCE", mount_point)
-    return _output("losetup", "-n", "-O", "DIO", device) == "1"
-
-
 def written(mount_point: str) -> int:
     """Return the bytes that have been written to a filesystem's device since it is there."""
     device = os.path.basename(_output("findmnt", "-n", "-o", "SOURCE", mount_point))

@@ -40,8 +40,6 @@ def _option(field: dataclasses.Field[Any]) -> cfg.Opt:
     if choices is None:
         default = field.metadata["for_existing"] or field.default
         return cfg.Opt(field.name, type=_Part(), default=default, help=field.metadata["help"])
-    if isinstance(field.default, bool):
-        return cfg.BoolOpt(field.name, default=field.default, help=field.metadata["help"])
     # Not IntOpt, which takes no choices before oslo.config 9.3.
     kind = types.Integer if isinstance(field.default, int) else types.String
     named = kind(choices=list(choices.items()))

@@ -191,14 +191,6 @@ class Allocating(Paced):
                     help=f"{summary} (default: {default})".replace("%", "%%"),
                 )
                 continue
-            if isinstance(default, bool):
-                parser.add_argument(
-                    f"--{field.name.replace('_', '-')}",
-                    action=argparse.BooleanOptionalAction,
-                    default=default,
-                    help=summary,
-                )
-                continue
             is_size = isinstance(default, int)
             shown = f"{default // units.Ki}K" if is_size else default
             parser.add_argument(
