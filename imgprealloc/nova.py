@@ -599,7 +599,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         """Whether it is a raw disk, migrated to where qcow2 is used; Nova converts it after cache()."""
         if self.driver_format != "qcow2":
             return False
-        if record.source_host_says(self.path) == "raw":
+        if record.told_of(self.path) == "raw":
             return True
         try:
             qcow2_header.virtual_size(self.path)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose word on a disk's format counts. The only place that decides it.
 
-The caller's word is best. Next is Nova's disk.info beside the disk, written
-before the guest's first instruction. The disk's own first bytes are a guess,
+The caller's word is best. Next is what is on record: Nova's disk.info beside the
+disk, written before the guest's first instruction, and what the host that it comes
+from, or libvirt, has told of it. The disk's own first bytes are a guess,
 and never more: a guest may have written a header of another format to a raw
 disk (CVE-2024-40767). Nothing here writes.
 """
@@ -60,7 +61,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What Nova's disk.info says of a disk.
+    """What is on record of a disk.
 
     :param exists: whether there is anything that could say something
     :param format: None where it says nothing, or nothing that can be believed
@@ -131,7 +132,7 @@ def require_certain(file: DiskFile, said: Word, deed: str) -> None:
 
 
 def note(path: str, real: Optional[str] = None) -> Note:
-    """Return what Nova has noted of a disk, found by the file's name within its folder.
+    """Return what Nova has noted of a disk, or others have told, by the file's name within its folder.
 
     Not by its path: state_path with a slash at its end, links, bind mounts,
     containers and UUID_resize give other paths for the same disk. A record
@@ -146,7 +147,7 @@ def note(path: str, real: Optional[str] = None) -> Note:
         for folder in dict.fromkeys((os.path.realpath(os.path.dirname(path)), os.path.dirname(real)))
     ]
     formats = {found.format for found in notes if found.exists}
-    told = source_host_says(path)
+    told = told_of(path)
     if told is not None:
         formats.add(told)
     if not formats:
@@ -180,8 +181,8 @@ def also_told(formats: Mapping[str, str], *, of_here: bool = False) -> Iterator[
             _told.pop(disk, None)
 
 
-def source_host_says(path: str) -> Optional[str]:
-    """Return the format that the host has told of that a disk is just coming from; None where none has."""
+def told_of(path: str) -> Optional[str]:
+    """Return the format that another has told of a disk, as also_told() has it; None where nobody has."""
     format, other = _told.get(_instance_and_name(path), (None, None))
     if other is not None:
         # In a container the disk may have another path, and libvirt's be nowhere.

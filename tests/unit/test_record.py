@@ -350,11 +350,11 @@ def test_source_host_s_word_counts_as_long_as_the_disk_arrives(host: Host) -> No
     elsewhere = f"/srv/nova/{os.path.basename(host.folder)}/disk"
 
     with record.also_told({elsewhere: "raw"}):
-        assert record.source_host_says(path) == "raw"
+        assert record.told_of(path) == "raw"
         assert record.note(path) == said("raw")
         assert word(path) == Word("raw", "disk.info")
 
-    assert record.source_host_says(path) is None
+    assert record.told_of(path) is None
     assert record.note(path) == NOTHING
 
 
@@ -364,7 +364,7 @@ def test_source_host_s_word_is_forgotten_after_an_error_too(host: Host) -> None:
     with pytest.raises(ZeroDivisionError), record.also_told({path: "raw"}):
         raise ZeroDivisionError
 
-    assert record.source_host_says(path) is None
+    assert record.told_of(path) is None
 
 
 def test_another_instance_s_disk_of_the_same_name_is_another(host: Host) -> None:
@@ -474,7 +474,7 @@ def test_copy_of_a_disk_is_not_what_is_told_of_the_disk_itself(tmp_path: pathlib
         path.touch()
 
     with record.also_told({str(disk): "qcow2"}, of_here=True):
-        assert [record.source_host_says(str(path)) for path in (disk, copy)] == ["qcow2", None]
+        assert [record.told_of(str(path)) for path in (disk, copy)] == ["qcow2", None]
     # As in a container, where libvirt's path is nowhere.
     with record.also_told({str(gone): "qcow2"}, of_here=True):
-        assert record.source_host_says(str(disk)) == "qcow2"
+        assert record.told_of(str(disk)) == "qcow2"
