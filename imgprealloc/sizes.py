@@ -48,12 +48,13 @@ def _part(word: str, whole: int) -> int:
 
 
 def readable(size: int) -> str:
-    """Write a size with four digits and a binary unit."""
+    """Write a size with four digits and a binary unit; from 10,000 TiB on with all that it takes."""
     rest, unit = float(size), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(rest) >= units.Ki:
             rest, unit = rest / units.Ki, larger
-    return f"{rest:.4g} {unit}"
+    # Nobody reads 1.638e+04 TiB.
+    return f"{rest:.4g} {unit}" if abs(rest) < 10_000 else f"{rest:.0f} {unit}"
 
 
 def exact(size: int) -> str:

@@ -7,6 +7,7 @@ Exit status: 0 done as asked; 1 an error, or not done as asked; 2 usage; 3 show
 
 from __future__ import annotations
 
+import codecs
 import io
 import logging
 import os
@@ -18,6 +19,8 @@ from cliff import commandmanager
 
 import imgprealloc
 from imgprealloc.cli import signals
+
+_AS_IT_IS_OR_ESCAPED = "imgprealloc"
 
 
 class Imgprealloc(app.App):
@@ -42,15 +45,24 @@ def _settle_streams() -> None:
     """Have all three standard files open, and stdout take the names of files as they are.
 
     In the place of one that is closed a disk would be opened, which programs that we
-    start do not get then; and a name need not be text in anybody's encoding.
+    start do not get then; and a name need not be text in anybody's encoding, nor one that
+    libvirt has on record have its letters in the one of this terminal.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
     sys.stdout = sys.stdout or io.StringIO()
     sys.stderr = sys.stderr or io.StringIO()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        codecs.register_error(_AS_IT_IS_OR_ESCAPED, _as_it_is_or_escaped)
+        sys.stdout.reconfigure(errors=_AS_IT_IS_OR_ESCAPED)
+
+
+def _as_it_is_or_escaped(exc: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(exc)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(exc)
 
 
 def main(argv: Optional[list[str]] = None) -> int:

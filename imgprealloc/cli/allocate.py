@@ -7,6 +7,7 @@ import argparse
 import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, Optional
 
@@ -77,6 +78,9 @@ class Allocate(disks.Allocating):
         working.add_paths(parser)
         return parser
 
+    def columns(self, parsed_args: argparse.Namespace) -> Sequence[str]:
+        return plans.COLUMNS if parsed_args.dry_run else super().columns(parsed_args)
+
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Plan for all disks, then preallocate one after the other."""
         existing: Existing = "rewrite" if parsed_args.rewrite else "recreate_blank"
@@ -97,9 +101,11 @@ class Allocate(disks.Allocating):
         def lack(image: DiskImage) -> Optional[str]:
             return _lack(strategy, image, image.state, is_rewritten=parsed_args.rewrite, is_done=True)
 
-        paths = self.named(parsed_args.paths)
+        asked = self.named(parsed_args.paths)
+        first = working.first_names(asked)
+        paths = list(dict.fromkeys(first.values()))
         outcomes = {outcome.path: outcome for outcome in self.each(paths, look, at_once=abreast.cpus())}
-        shares = request.shares(planned[path] for path in dict.fromkeys(paths) if path in planned)
+        shares = request.shares(planned[path] for path in paths if path in planned)
         for share in shares:
             for plan in share.left_out:
                 outcomes[plan.path] = self.not_done(plan.path, plan.image, f"{plan.path}: {share.why_left_out(plan)}")
@@ -112,12 +118,12 @@ class Allocate(disks.Allocating):
                     error = f"{plan.path}: {lacking}" if plan.error is None else str(plan.error)
                     outcomes[plan.path] = self.not_done(plan.path, plan.image, error)
             self.summary = list(plans.summary(shares, parsed_args.keep_free))
-            return plans.table([outcomes[path] for path in paths], shares, parsed_args)
+            return plans.table([outcomes[first[path]] for path in asked], shares, parsed_args)
         order = [plan.path for plan in _in_order(shares)]
         bar = self.progress_bar(len(order))
         done = self.each(order, work, lack=lack, asked=len(outcomes))
         outcomes.update((outcome.path, outcome) for outcome in done)
-        shown = self.shown([outcomes[path] for path in paths], parsed_args)
+        shown = self.shown([outcomes[first[path]] for path in asked], parsed_args)
         self.summary.append(_summary(outcomes.values(), done, planned, shares))
         return shown
 

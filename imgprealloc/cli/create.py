@@ -26,7 +26,7 @@ class Create(disks.Allocating):
     format_help = "the disk's format (default: qcow2)"
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = self._parser = super().get_parser(prog_name)
+        parser = super().get_parser(prog_name)
         parser.add_argument("--backing", metavar="FILE", help="backing file, absolute or relative to the disk's folder")
         parser.add_argument("--backing-format", metavar="FORMAT", help="its format; has to be said, it is not guessed")
         parser.add_argument("path", metavar="PATH")

@@ -107,8 +107,13 @@ class Disks(working.Working, lister.Lister):
         parser.add_argument("--long", action="store_true", help="show paths, clusters and allocated sizes in the table")
         return parser
 
+    def columns(self, parsed_args: argparse.Namespace) -> Sequence[str]:
+        """List the columns that there are, by the names that machines get."""
+        return _COLUMNS
+
     def run(self, parsed_args: argparse.Namespace) -> int:
         """Show the disks, and return the exit status."""
+        self._require_columns(parsed_args)
         self.status = 0
         self.summary: list[str] = []
         super().run(parsed_args)
@@ -116,6 +121,15 @@ class Disks(working.Working, lister.Lister):
             for line in self.summary:
                 self.app.stdout.write(f"{line}\n")
         return self.status
+
+    def _require_columns(self, parsed_args: argparse.Namespace) -> None:
+        """Refuse a column that there is not; cliff leaves it out without a word, or fails once all is done."""
+        known = {_plain(column): column for column in self.columns(parsed_args)}
+        for column in parsed_args.columns:
+            if _plain(column) not in known:
+                self._parser.error(f"there is no column {column!r}; there are: {', '.join(known.values())}")
+        # Its oldest releases know no other spelling.
+        parsed_args.columns = [known[_plain(column)] for column in parsed_args.columns]
 
     def produce_output(
         self, parsed_args: argparse.Namespace, column_names: Sequence[str], data: Iterable[Sequence[Any]]

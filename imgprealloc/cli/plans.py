@@ -21,7 +21,7 @@ from imgprealloc.plan import Plan
 # less than most SSDs. What is only set aside takes a fraction of a second.
 RATE = 200 * units.Mi
 
-_COLUMNS = (
+COLUMNS = (
     "instance",
     "path",
     "format",
@@ -56,7 +56,6 @@ _LONG_COLUMNS = (
     "fits",
 )
 
-
 # What is told of a disk, whether there is a plan for it or not.
 _OF_OUTCOME = ("instance", "short instance", "disk", "path", "error")
 
@@ -89,7 +88,7 @@ def table(
     :param outcomes: of the looks at the disks, in the order of the rows, with what
         will keep them from what was asked for
     """
-    columns: dict[str, str] = {name: name for name in _COLUMNS}
+    columns: dict[str, str] = {name: name for name in COLUMNS}
     if parsed_args.formatter == "table" and not parsed_args.columns:
         columns = {name: name for name in _LONG_COLUMNS} if parsed_args.long else _SHORT_COLUMNS
     cells = {path: found for share in shares for path, found in _cells(share, parsed_args.rate)}

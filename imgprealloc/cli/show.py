@@ -43,7 +43,7 @@ class Show(disks.Disks):
     )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = self._parser = super().get_parser(prog_name)
+        parser = super().get_parser(prog_name)
         parser.add_argument(
             "--check", action="store_true", help=f"exit with {_NOT_PREALLOCATED} if a disk is not preallocated"
         )

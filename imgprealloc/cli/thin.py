@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import os
 from typing import Any, ClassVar, Optional
@@ -19,7 +20,7 @@ from imgprealloc.preallocator import Preallocator
 
 
 class Thin(disks.Paced):
-    """Give back the space of disks that no one has written to: the way back from allocate. What guests read stays.
+    """Give back what of disks' space no one has written to: the way back from allocate. What guests read stays.
 
     Nobody may have the disk open. In place no byte of its file changes: a raw
     disk is thin afterwards; a qcow2 one keeps its cluster map, and is mapped,
@@ -56,9 +57,12 @@ class Thin(disks.Paced):
         parser.add_argument("paths", nargs="+", metavar="PATH", help=working.GIVEN_PATHS)
         return parser
 
+    def columns(self, parsed_args: argparse.Namespace) -> Sequence[str]:
+        return (*super().columns(parsed_args), "given_back")
+
     def take_action(self, parsed_args: argparse.Namespace) -> Any:
         """Thin one disk after the other."""
-        paths = list(dict.fromkeys(self.named(parsed_args.paths)))
+        paths = list(dict.fromkeys(working.first_names(self.named(parsed_args.paths)).values()))
         bar = self.progress_bar(len(paths))
         self._before: dict[str, int] = {}
 
@@ -82,7 +86,7 @@ class Thin(disks.Paced):
     ) -> tuple[Iterable[str], Iterable[tuple[Any, ...]]]:
         """Show also how many bytes each has given back."""
         columns, rows = super().shown(outcomes, parsed_args)
-        name = "given back" if parsed_args.formatter == "table" else "given_back"
+        name = "given back" if parsed_args.formatter == "table" and not parsed_args.columns else "given_back"
         given = [None if outcome.image is None else disks.Size(self._given(outcome.image)) for outcome in outcomes]
         return (*columns, name), [(*row, size) for row, size in zip(rows, given)]
 

@@ -91,6 +91,7 @@ class Working(command.Command):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = super().get_parser(prog_name)
+        self._parser = parser
         parser.add_argument("--disk-format", choices=sorted(FORMATS), help=self.format_help)
         examples.add(parser, self.examples)
         return parser
@@ -196,6 +197,20 @@ def _instances_path() -> str:
     started = service.found()
     with started.surroundings():
         return instances.configured_path(started.configuration, started.prog)
+
+
+def first_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return for each path the first that leads to the same disk, which would else be counted twice."""
+    found: dict[object, str] = {}
+    first = {}
+    for path in paths:
+        key: object = path
+        # Of what cannot be looked at, the look tells.
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            key = status.st_dev, status.st_ino
+        first[path] = found.setdefault(key, path)
+    return first
 
 
 def read(outcomes: Iterable[Outcome]) -> list[DiskImage]:

@@ -169,6 +169,25 @@ def test_name_that_is_no_text_is_told_as_it_is(folder: pathlib.Path, form: str) 
     assert name in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("encoding", "told"), [("ascii", b"\\xe9\\u78c1"), ("latin-1", b"\xe9\\u78c1"), ("utf-8", "\u00e9\u78c1".encode())]
+)
+@pytest.mark.parametrize("form", ["table", "value", "csv"])
+def test_name_whose_letters_a_terminal_has_not_is_told_all_the_same(
+    folder: pathlib.Path, form: str, encoding: str, told: bytes
+) -> None:
+    (folder / "\u00e9\u78c1").touch()
+
+    done = subprocess.run(
+        [sys.executable, "-m", "imgprealloc.cli", "show", "--disk-format", "raw", "-f", form, "\u00e9\u78c1"],
+        capture_output=True, check=False, timeout=30, cwd=folder,
+        env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": f"{encoding}:strict"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["btrfs"])
 def test_disks_of_two_subvolumes_are_added_up_once(imgprealloc: Command, folder: pathlib.Path, kind: str) -> None:
     disks = []

@@ -154,10 +154,34 @@ def test_thin_tells_of_a_missing_disk_as_the_others_do(run: Run, host: Host) -> 
     assert shown["error"] == f"{host.path('missing')}: there is no such file. Check the path."
 
 
-def test_thin_works_once_on_a_disk_that_is_named_twice(run: Run, host: Host) -> None:
+def test_thin_works_once_on_a_disk_that_is_named_twice(run: Run, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = host.raw(held=SIZE)
+    monkeypatch.chdir(host.folder)
 
-    assert len(json.loads(run("thin", "-f", "json", "--disk-format", "raw", disk, disk).out)) == 1
+    told = run("thin", "-f", "json", "--disk-format", "raw", disk, disk, os.path.basename(disk))
+
+    assert len(json.loads(told.out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sum_"),
+    [
+        ([], f"1 filled; {sizes.readable(SIZE)} more held than before."),
+        (["--dry-run"], f": 1 fill; {sizes.readable(SIZE)} of new space, "),
+    ],
+    ids=str,
+)
+def test_space_of_a_disk_that_is_named_twice_is_told_once(
+    run: Run, host: Host, monkeypatch: pytest.MonkeyPatch, options: list[str], sum_: str
+) -> None:
+    disk = host.raw()
+    monkeypatch.chdir(host.folder)
+
+    told = run("allocate", *options, "--disk-format", "raw", disk, os.path.basename(disk))
+
+    # A row for each name, and a sum.
+    assert len(told.out.splitlines()) == (7 if options else 8)
+    assert sum_ in told.out.splitlines()[-1]
 
 
 def instance_with(host: Host, *names: str) -> str:
@@ -595,6 +619,45 @@ def test_rows_for_machines_are_sorted_by_several_columns(host: Host, run: Run) -
     assert [os.path.basename(line.split()[0]) for line in told.out.splitlines()] == ["b", "d", "a", "missing"]
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["show"],
+        ["allocate", "--disk-format", "raw"],
+        ["allocate", "--dry-run"],
+        ["resize", "--disk-format", "raw"],
+        ["thin", "--disk-format", "raw"],
+    ],
+    ids=" ".join,
+)
+def test_column_that_there_is_not_is_refused_before_anything_is_done(host: Host, run: Run, verb: list[str]) -> None:
+    size = ["1G"] if verb[0] == "resize" else []
+
+    told = run(*verb, "-c", "path", "-c", "size", host.raw(), *size)
+
+    assert (told.status, told.out) == (2, "")
+    assert "there is no column 'size'; there are: instance, " in told.err
+    assert host.changes == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "column"),
+    [
+        (["show"], "In Use"),
+        (["thin", "--disk-format", "raw"], "given back"),
+        (["allocate", "--disk-format", "raw"], "shortfall"),
+        (["allocate", "--disk-format", "raw", "--dry-run"], "new_space"),
+    ],
+    ids=str,
+)
+def test_column_of_a_verb_is_shown_also_by_another_spelling(host: Host, run: Run, verb: list[str], column: str) -> None:
+    told = run(*verb, "-f", "value", "-c", column, host.raw(held=SIZE))
+
+    assert len(told.out.split()) == 1
+    assert "there is no column" not in told.err
+    assert f"| {column.lower().replace(' ', '_')} " in run(*verb, "-c", column, host.path()).out
+
+
 # show --layout
 
 
@@ -633,9 +696,11 @@ def test_layout_of_no_file_or_of_several_disks_is_2_and_draws_nothing(
 
 
 def test_layout_of_a_folder_with_one_disk_is_that_disk_s(host: Host, run: Run, tmp_path: pathlib.Path) -> None:
-    folder = instance_with(host, "disk")
+    folder = instance_with(host)
+    # Not a raw one: of that tmpfs cannot tell where it is.
+    host.qcow2(name=os.path.join(INSTANCE, "disk"))
 
-    assert run("show", "--layout", "--disk-format", "raw", "-o", str(tmp_path / "new.svg"), folder).status == 0
+    assert run("show", "--layout", "--disk-format", "qcow2", "-o", str(tmp_path / "new.svg"), folder).status == 0
     assert (tmp_path / "new.svg").exists()
 
 
@@ -651,7 +716,7 @@ def test_picture_does_not_take_a_disk_s_place(host: Host, run: Run) -> None:
 
 
 def test_picture_that_cannot_be_written_is_an_error(host: Host, run: Run) -> None:
-    told = run("show", "--layout", host.raw(), "-o", "/nowhere/disk.svg")
+    told = run("show", "--layout", host.qcow2(), "-o", "/nowhere/disk.svg")
 
     assert told.status == 1
     assert "/nowhere/disk.svg: No such file or directory" in told.err

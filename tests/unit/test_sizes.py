@@ -19,6 +19,8 @@ from imgprealloc import sizes
         (1024, "1 KiB (1024 bytes)"),
         (3 * units.Gi // 2 + 1, "1.5 GiB (1610612737 bytes)"),
         (-5 * units.Mi, "-5 MiB (-5242880 bytes)"),
+        (16 * units.Pi, "16384 TiB (18014398509481984 bytes)"),
+        (2**63 - 1, "8388608 TiB (9223372036854775807 bytes)"),
     ],
 )
 def test_error_tells_a_size_as_a_table_does_and_to_the_byte(size: int, told: str) -> None:
