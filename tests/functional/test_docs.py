@@ -46,16 +46,16 @@ _PAGES = {
 class Reader:
     """Somebody with a shell on a compute node.
 
-    :param scratch: where the node's folders are
+    :param scratch: where the node's folders are; what is typed, is in its work/
     :param mount_point: what that is on
     """
 
     def __init__(self, scratch: pathlib.Path, mount_point: pathlib.Path) -> None:
         self._scratch = scratch
         self._mount_point = mount_point
-        self._work = scratch / "work"
+        self.work = scratch / "work"
         instances = self._place("/var/lib/nova") / "instances"
-        for folder in (self._work, scratch / "bin", scratch / ".nova", instances / "_base"):
+        for folder in (self.work, scratch / "bin", scratch / ".nova", instances / "_base"):
             folder.mkdir(parents=True)
         self._place("/var/lib/prometheus/node-exporter").mkdir(parents=True)
         (scratch / ".nova" / "nova.conf").write_text(f"[DEFAULT]\ninstances_path = {instances}\n")
@@ -82,7 +82,7 @@ class Reader:
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
         }
         done = subprocess.run(
-            line, shell=True, capture_output=True, text=True, check=False, timeout=120, cwd=self._work, env=environment
+            line, shell=True, capture_output=True, text=True, check=False, timeout=120, cwd=self.work, env=environment
         )
         return subprocess.CompletedProcess(line, done.returncode, self._named(done.stdout), self._named(done.stderr))
 
@@ -138,11 +138,16 @@ def test_answer_that_is_another_one_is_seen() -> None:
     assert _shape("/var/lib/nova: 1 thin; 241.1 MiB short") != _shape("/var/lib/nova: 1 reserved; 241.1 MiB short")
 
 
-@pytest.mark.parametrize("page", ["README.rst", "doc/source/api.rst"])
-def test_python_of_a_page_runs(page: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+@pytest.mark.parametrize(("page", "disk"), [("README.rst", "data"), ("doc/source/api.rst", "disk")])
+def test_python_of_a_page_runs_where_its_commands_were_typed(
+    page: str, disk: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(folder, folder.parent)
+    for command in _PAGES.get(os.path.basename(page), []):
+        reader.types(command.typed)
+    monkeypatch.chdir(reader.work)
 
     for block in rst_blocks.blocks(rst_blocks.REPOSITORY / page, "python"):
         exec(compile(block.text, block.place, "exec"), {})
 
-    assert (folder / "disk").is_file()
+    assert (reader.work / disk).is_file()
