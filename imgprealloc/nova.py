@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import json
 import os
 import threading
@@ -41,7 +40,7 @@ from imgprealloc import record
 from imgprealloc import refilling
 from imgprealloc import rounds
 from imgprealloc import seams
-from imgprealloc import settings
+from imgprealloc import strategies
 from imgprealloc import subclusters
 from imgprealloc.format import Existing
 from imgprealloc.image import DiskImage
@@ -70,13 +69,6 @@ _DIRECT_CACHE_MODES = ("none", "directsync")
 # What is known of base images, by their names: the file (device, inode, length)
 # and its virtual size. A process that tells it takes 40 ms of a build's 300.
 _base_sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
-
-# By their ids: whose disks are being made here for QEMU's mirror to overwrite.
-_expected: set[str] = set()
-
-# The instances whose migration to here, or resize, is being finished, by their ids, which name the folders that
-# their disks are in.
-_arriving: dict[str, Any] = {}
 
 # The disks that have been looked after for a start that is under way, as they
 # were then. A start that fails leaves its own behind.
@@ -161,20 +153,15 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
     ) -> None:
         """Remember what the disks are, and whose, while Nova looks after them and converts the raw ones."""
         formats = {info["path"]: info["type"] for info in json.loads(disk_info)} if is_on() else {}
-        _arriving[instance.uuid] = instance
-        try:
-            with record.also_told(formats):
-                super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
-        finally:
-            del _arriving[instance.uuid]
+        with strategies.arriving(instance), record.also_told(formats):
+            super().finish_migration(context, migration, instance, disk_info, *args, **kwargs)
 
     def _disk_raw_to_qcow2(self, path: str) -> None:
         """Set space aside for a disk that a resize has converted, after cache() has had its turn."""
         super()._disk_raw_to_qcow2(path)
         if is_on():
-            instance = _arriving.get(os.path.basename(os.path.dirname(path)))
             # Nova's own record stays at raw; it has just been converted by itself.
-            _heal(path, "qcow2", instance, existing=_existing_disks())
+            _heal(path, "qcow2", strategies.arriving_with(path), existing=strategies.existing_disks())
 
     def _create_images_and_backing(
         self, context: Any, instance: Any, instance_dir: str, disk_info: Any, fallback_from_host: str | None = None
@@ -194,7 +181,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 continue
             record.believe(path)
             try:
-                healing.preallocate_new(_preallocator_now(instance), path, format, compute_utils.disk_ops_semaphore)
+                healing.preallocate_new(strategies.now(instance), path, format, compute_utils.disk_ops_semaphore)
                 _note_looked_after(path)
             except exceptions.NoSpace:
                 raise
@@ -205,11 +192,8 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     def pre_live_migration(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Write no zeros to what Nova makes here; the disks arrive afterwards."""
-        _expected.add(instance.uuid)
-        try:
+        with strategies.expecting(instance):
             return super().pre_live_migration(context, instance, *args, **kwargs)
-        finally:
-            _expected.discard(instance.uuid)
 
     def _live_migration_data_gb(self, instance: Any, disk_paths: Iterable[str]) -> float:
         """Tell how much there is to send, in GiB: what is in a disk, and not how long its file is.
@@ -238,7 +222,7 @@ class LibvirtDriver(driver.LibvirtDriver):  # type: ignore[misc]
         super().post_live_migration_at_destination(context, instance, network_info, block_migration, block_device_info)
         if is_on() and block_migration:
             with _warning_of_faults(instance):
-                strategy = healing.without_zeros(_preallocator_now(instance))
+                strategy = healing.without_zeros(strategies.now(instance))
                 # Not in a pool of Nova's, for which nova-compute waits when it stops.
                 threading.Thread(
                     target=self._heal_arrived, args=(strategy, instance, block_device_info), name=BACKGROUND,
@@ -307,7 +291,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
         # Asked in any case, because the note is for this one start.
         if not _was_looked_after(path) and is_started and record.agrees(path, format):
             healing.heal(
-                opts.for_existing(CONF, healing.without_zeros(_preallocator_now(instance))), path, format, "reserve",
+                opts.for_existing(CONF, healing.without_zeros(strategies.now(instance))), path, format, "reserve",
                 compute_utils.disk_ops_semaphore, copying=False, filler=fill_as_root,
             )  # fmt: skip
 
@@ -315,7 +299,7 @@ def _heal_described(xml: str, instance: Any, *, is_started: bool) -> None:
 def _refill(guest: Any, instance: Any) -> None:
     """Set aside again what a guest that runs has given back."""
     try:
-        strategy = opts.for_existing(CONF, _preallocator(instance))
+        strategy = opts.for_existing(CONF, strategies.asked_for(instance))
         for path, format in _described_disks(guest.get_xml_desc(), instance):
             try:
                 refilling.refill(strategy, path, fill_as_root, format=format)
@@ -367,56 +351,6 @@ def _was_looked_after(path: str) -> bool:
         return False
 
 
-def _preallocator(instance: Any) -> Preallocator:
-    """Return the strategy that an instance's flavor, or else nova.conf, asks for."""
-    extra_specs = getattr(getattr(instance, "flavor", None), "extra_specs", None) or {}
-    chosen = {}
-    for field in settings.by_flavor():
-        extra_spec = opts.EXTRA_SPECS[field.name]
-        value = extra_specs.get(extra_spec)
-        if value in field.metadata["choices"]:
-            chosen[field.name] = value
-        elif value is not None:
-            # Nova's API validates extra specs from its version 2.86 on, and an
-            # instance keeps its flavor for life.
-            log.warn_once(
-                str(value),
-                extra_spec,
-                f"a flavor has {value!r}, which is no {field.name}; [imgprealloc] {field.name} is taken instead",
-            )
-    return opts.preallocator_from(CONF, chosen)
-
-
-def _preallocator_now(instance: Any) -> Preallocator:
-    """Return an instance's strategy for disks that are made now, to which QEMU's mirror may be about to write."""
-    strategy = _preallocator(instance)
-    if getattr(instance, "uuid", None) not in _expected:
-        return strategy
-    if strategy.mode == "full":
-        log.warn_once(
-            "zeros",
-            "block live migration",
-            "the disks that it makes here get mode falloc instead of full, because QEMU overwrites them; "
-            "what the guest has not written stays unwritten",
-        )
-    # Nor is anything allocated in it but what the mirror writes: it becomes what the source is.
-    return dataclasses.replace(healing.without_zeros(strategy), overlay_subclusters="unallocated")
-
-
-def _preallocator_for_existing(instance: Any) -> Preallocator:
-    """Return an instance's strategy for disks that are there."""
-    strategy = _preallocator_now(instance)
-    if getattr(instance, "uuid", None) in _arriving:
-        # The room for those that arrive has just been asked for, and granted, by Nova's scheduler.
-        return strategy
-    return opts.for_existing(CONF, strategy)
-
-
-def _existing_disks() -> Existing:
-    """Return what nova.conf lets happen to disks with data."""
-    return "rewrite" if CONF.imgprealloc.existing_disks == "rewrite" else "reserve"
-
-
 def _heal(
     path: str,
     format: str,
@@ -435,7 +369,7 @@ def _heal(
     """
     greatest = None
     if existing is None:
-        existing = _existing_disks()
+        existing = strategies.existing_disks()
         if not record.agrees(path, format):
             # Nova takes all disks of its Qcow2 backend for qcow2, but a raw one
             # may have come from another host, or from before use_cow_images was
@@ -447,7 +381,7 @@ def _heal(
             existing = "reserve"
             greatest = _greatest_size(instance, path) if stock_length is None else stock_length
     healing.heal(
-        _preallocator_for_existing(instance),
+        strategies.for_existing(instance),
         path,
         format,
         existing,
@@ -627,7 +561,7 @@ class _Preallocating(_Image):  # type: ignore[misc]
         return False
 
     def _preallocator(self) -> Preallocator:
-        return _preallocator_now(self._instance)
+        return strategies.now(self._instance)
 
     def libvirt_info(self, cache_mode: str, *args: Any, **kwargs: Any) -> Any:
         """Describe the disk to libvirt, by what its space is really worth."""
@@ -670,8 +604,8 @@ class _Preallocating(_Image):  # type: ignore[misc]
         if found is None:
             return False
         try:
-            plan = _preallocator_for_existing(self._instance).plan(
-                self.path, _existing_disks(), format=self.driver_format, known=found, write_held=False
+            plan = strategies.for_existing(self._instance).plan(
+                self.path, strategies.existing_disks(), format=self.driver_format, known=found, write_held=False
             )
             return not plan.refused and plan.state in healing.HELD
         except exceptions.PreallocationError as exc:

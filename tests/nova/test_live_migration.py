@@ -23,6 +23,7 @@ import pytest
 
 import imgprealloc
 from imgprealloc import healing
+from imgprealloc import strategies
 from imgprealloc import subclusters
 import imgprealloc.nova
 
@@ -246,7 +247,7 @@ def test_disk_of_a_running_guest_is_not_replaced_where_qemu_sets_no_locks(
 def test_zeros_are_not_written_where_a_guest_may_write(host: Callable[..., Host]) -> None:
     node = host(imgprealloc__mode="full", imgprealloc__on_unsupported="full")
 
-    strategy = healing.without_zeros(imgprealloc.nova._preallocator(node.instance()))
+    strategy = healing.without_zeros(strategies.asked_for(node.instance()))
 
     assert (strategy.mode, strategy.on_unsupported) == ("falloc", "metadata")
 
@@ -275,7 +276,7 @@ def test_migration_that_is_over_is_not_failed_by_a_flavor_that_cannot_be_had(
     def fault(*_: Any, **__: Any) -> None:
         raise RuntimeError("the database is away")
 
-    monkeypatch.setattr(imgprealloc.nova, "_preallocator", fault)
+    monkeypatch.setattr(strategies, "asked_for", fault)
     node.arrived(instance)
 
     assert "the database is away" in caplog.text

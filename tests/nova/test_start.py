@@ -27,6 +27,7 @@ import pytest
 import imgprealloc
 from imgprealloc import filesystem
 from imgprealloc import healing
+from imgprealloc import strategies
 import imgprealloc.nova
 
 LOST = {"qcow2": "mapped", "raw": "thin"}
@@ -461,7 +462,7 @@ def test_such_a_start_is_kept_from_nothing_by_a_fault_of_ours(
     def fault(*_: Any, **__: Any) -> None:
         raise RuntimeError("the database is away")
 
-    monkeypatch.setattr(imgprealloc.nova, "_preallocator", fault)
+    monkeypatch.setattr(strategies, "asked_for", fault)
     start(node, instance)
 
     assert node.domains[instance.uuid] is not domain

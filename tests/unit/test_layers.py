@@ -39,6 +39,7 @@ FLOORS = (
     {"preallocator"},
     {"looks"},
     {"healing", "refilling", "opts", "seams"},
+    {"strategies"},
     {"nova", "extra_specs"},
     {"check_nova"},
     {"cli.abreast", "cli.signals", "cli.new_file", "cli.progress_bar", "cli.examples", "cli.by_mount"},
