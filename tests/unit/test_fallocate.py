@@ -139,6 +139,8 @@ def test_stretch_of_many_holes_wants_no_more_than_these_have(file: pathlib.Path)
     with open(file, "wb") as disk:
         os.posix_fallocate(disk.fileno(), 0, 32768)
         fallocate.punch(disk.fileno(), 8192, 4096)
+    if fallocate.extents(str(file)) is None:
+        pytest.skip("this filesystem does not tell of extents")
     status = file.stat()
 
     for available, filled in ((0, 7), (1, 8)):
