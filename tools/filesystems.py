@@ -157,6 +157,15 @@ SECTORS_ON = ("ext4", "XFS (reflink)", "btrfs")
 SECTORS_IN: tuple[Mode, ...] = ("falloc", "full")
 _LEFT_FOR_SECTORS = {"none": 0, "32 KiB": 32 << 10, "1 MiB": _MIB, "16 MiB": 16 * _MIB}
 
+# Of one write, in bytes; and where it begins, after the start of a page.
+LENGTHS = {"512 bytes": 512, "1 KiB": 1 << 10, "4 KiB": 4 << 10, "5 KiB": 5 << 10, "64 KiB": 64 << 10}
+_BEGINNINGS = (0, _SECTOR)
+# What the guest finds there. Of a base image that has data in its first half alone.
+PLACES = ("the base's data", "the base's zeros", "never written", "zeroed by the guest")
+_STRETCH = 16 * _MIB
+# Of that, for the writes of one length from one beginning, none of which shares a page with another.
+_SHARE = _STRETCH // (len(LENGTHS) * len(_BEGINNINGS)) // (128 << 10) * (128 << 10)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -197,6 +206,21 @@ class Sectors:
     tried: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Enough:
+    """How much has to be left that all writes of a length succeed.
+
+    :param place: what the guest finds there
+    :param left: as _LEFT_FOR_SECTORS names it, or "more", for each of LENGTHS: where
+        they begin with a page, and where they begin within one
+    """
+
+    name: str
+    mode: Mode
+    place: str
+    left: tuple[tuple[str, str], ...]
+
+
 def outcome(name: str, mode: Mode) -> Outcome:
     """Try a mode on a filesystem of its own."""
     with GROUNDS[name]() as folder:
@@ -223,10 +247,29 @@ def sectors(name: str, mode: Mode) -> list[Sectors]:
     return [Sectors(name, mode, place, tuple(numbers), tried) for (place, tried), numbers in failed.items()]
 
 
-def _made(disk: pathlib.Path, mode: Mode) -> DiskImage:
-    base = disk.parent / "base"
-    base.write_bytes(random.Random(1).randbytes(_BASE))
-    return Preallocator(mode).create(disk, _SIZE, str(base), backing_format="raw")
+def enough(name: str, mode: Mode) -> list[Enough]:
+    """Try writes of all lengths, with more and more left, each on a filesystem of its own."""
+    needed: dict[tuple[str, int, int], str] = {}
+    for told, left in _LEFT_FOR_SECTORS.items():
+        with GROUNDS[name]() as folder:
+            _made(folder / "disk", mode, size=len(PLACES) * _STRETCH, base=2 * _STRETCH, data=_STRETCH)
+            _fill(folder, left)
+            for case in _written(folder / "disk"):
+                needed.setdefault(case, told)
+    return [
+        Enough(name, mode, place, tuple(
+            (needed.get((place, length, 0), "more"), needed.get((place, length, _SECTOR), "more"))
+            for length in LENGTHS.values()
+        ))
+        for place in PLACES
+    ]  # fmt: skip
+
+
+def _made(disk: pathlib.Path, mode: Mode, size: int = _SIZE, base: int = _BASE, data: int = _BASE) -> DiskImage:
+    image = disk.parent / "base"
+    image.write_bytes(random.Random(1).randbytes(data))
+    os.truncate(image, base)
+    return Preallocator(mode).create(disk, size, str(image), backing_format="raw")
 
 
 def _fill(folder: pathlib.Path, leave: int) -> None:
@@ -277,6 +320,26 @@ def _written_in_sectors(disk: pathlib.Path) -> list[tuple[str, int, int]]:
         tried = len(before) + len(places)
         found.append((name, tried - text.count(f"wrote {_SECTOR}/{_SECTOR} bytes"), tried))
     return found
+
+
+def _written(disk: pathlib.Path) -> Iterator[tuple[str, int, int]]:
+    """Write each length at each place, in random order; tell which have all succeeded, with their beginnings."""
+    for number, place in enumerate(PLACES):
+        start = number * _STRETCH
+        for length in LENGTHS.values():
+            for beginning in _BEGINNINGS:
+                writes = [f"{at + beginning} {length}" for at in range(start, start + _SHARE, _apart(length))]
+                random.Random(5).shuffle(writes)
+                before = [f"write -z {write}" for write in writes if place == "zeroed by the guest"]
+                text = _guest(disk, [*before, *(f"write -P 7 {write}" for write in writes)])
+                if text.count(f"wrote {length}/{length} bytes") == len(before) + len(writes):
+                    yield place, length, beginning
+                start += _SHARE
+
+
+def _apart(length: int) -> int:
+    """Return how far apart writes begin: a power of 2, of at least two pages."""
+    return max(2 * _PIECE, 1 << length.bit_length())
 
 
 def _guest(disk: pathlib.Path, commands: list[str]) -> str:
@@ -330,6 +393,13 @@ the same places afterwards.
 
 btrfs needs the most of all in mode ``full``, and nothing in mode ``falloc``.
 
+So much had to be left that all writes of a length succeeded: where they began with a page,
+and {sector} bytes after that. They were {few} (64 KiB) to {many}, in random order, one
+length after the other on the same filesystem; the base image had data in its first half
+alone.
+
+{enough}
+
 One by one
 ==========
 
@@ -358,7 +428,7 @@ One by one
 """
 
 
-def page(outcomes: list[Outcome], small: list[Sectors], linux: str, qemu: str) -> str:
+def page(outcomes: list[Outcome], small: list[Sectors], all_lengths: list[Enough], linux: str, qemu: str) -> str:
     """Make the page from what became of all disks."""
     lefts = [f"{left} left" for left in _LEFT_FOR_SECTORS]
     return _TEXT.format(
@@ -370,6 +440,12 @@ def page(outcomes: list[Outcome], small: list[Sectors], linux: str, qemu: str) -
         sectors=_table(
             ("filesystem", "mode", "place", *lefts),
             [(found.name, found.mode, found.place, *map(str, found.failed)) for found in small],
+        ),
+        few=_SHARE // _apart(max(LENGTHS.values())),
+        many=_SHARE // _apart(_SECTOR),
+        enough=_table(
+            ("filesystem", "mode", "place", *LENGTHS),
+            [(found.name, found.mode, found.place, *map("; ".join, found.left)) for found in all_lengths],
         ),
         linux=linux,
         qemu=qemu,
@@ -414,8 +490,9 @@ def main(arguments: list[str]) -> int:
             print(": ".join(_row(outcomes[-1])), flush=True)
     if options.page:
         small = [row for name in SECTORS_ON for mode in SECTORS_IN for row in sectors(name, mode)]
+        all_lengths = [row for name in SECTORS_ON for mode in SECTORS_IN for row in enough(name, mode)]
         qemu = ".".join(map(str, qemu_img.version()))
-        _PAGE.write_text(page(outcomes, small, platform.release().partition("-")[0], qemu))
+        _PAGE.write_text(page(outcomes, small, all_lengths, platform.release().partition("-")[0], qemu))
     broken = [found for found in outcomes if not found.good and (found.name, found.mode) not in KNOWN]
     kept = [found for found in outcomes if found.good and (found.name, found.mode) in KNOWN]
     for found in broken:

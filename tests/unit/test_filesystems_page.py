@@ -11,6 +11,7 @@ import re
 
 import filesystems
 from filesystems import MODES
+from filesystems import Enough
 from filesystems import Outcome
 from filesystems import Sectors
 import pytest
@@ -28,7 +29,7 @@ def logger_is_as_it_was() -> Iterator[None]:
 
 
 def _row(outcome: Outcome) -> list[str]:
-    lines = filesystems.page([outcome], [], "6.18", "7.2.22").splitlines()
+    lines = filesystems.page([outcome], [], [], "6.18", "7.2.22").splitlines()
     (row,) = (line for line in lines if line.startswith(outcome.name))
     return re.split(r" {2,}", row)
 
@@ -74,7 +75,7 @@ def test_only_what_is_called_preallocated_has_to_be_written(state: str, failed: 
 
 
 def test_row_of_sectors_has_what_failed_with_more_and_more_left() -> None:
-    text = filesystems.page([], [Sectors("btrfs", "full", "never written", (9, 8, 7, 0), 4096)], "6.18", "7.2.22")
+    text = filesystems.page([], [Sectors("btrfs", "full", "never written", (9, 8, 7, 0), 4096)], [], "6.18", "7.2.22")
 
     assert [re.split(r" {2,}", line) for line in text.splitlines() if line.startswith("btrfs  ")] == [
         ["btrfs", "full", "never written", "9", "8", "7", "0"]
@@ -87,6 +88,23 @@ def test_page_tells_of_sectors_and_how_much_is_enough_for_them(name: str, mode: 
     rows = [cells for line in _PAGE.read_text().splitlines() if (cells := re.split(r" {2,}", line))[:2] == [name, mode]]
 
     assert [cells[-1] for cells in rows if len(cells) == 7] == ["0", "0"]
+
+
+def test_row_of_lengths_has_how_much_is_enough_for_each() -> None:
+    left = (("none", "32 KiB"), *[("none", "none")] * 3, ("none", "more"))
+    text = filesystems.page([], [], [Enough("btrfs", "full", "never written", left)], "6.18", "7.2.22")
+
+    assert [re.split(r" {2,}", line) for line in text.splitlines() if line.startswith("btrfs  ")] == [
+        ["btrfs", "full", "never written", "none; 32 KiB", *["none; none"] * 3, "none; more"]
+    ]
+
+
+@pytest.mark.parametrize("name", filesystems.SECTORS_ON)
+@pytest.mark.parametrize("mode", filesystems.SECTORS_IN)
+def test_page_tells_of_each_length_at_each_place(name: str, mode: str) -> None:
+    rows = [cells for line in _PAGE.read_text().splitlines() if (cells := re.split(r" {2,}", line))[:2] == [name, mode]]
+
+    assert [cells[2] for cells in rows if len(cells) == 3 + len(filesystems.LENGTHS)] == [*filesystems.PLACES]
 
 
 @pytest.mark.parametrize("name", filesystems.GROUNDS)
