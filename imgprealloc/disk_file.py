@@ -151,6 +151,7 @@ def claimed(path: str) -> Iterator[DiskFile]:
     _require_regular(path)
     directory, name = os.path.split(os.path.realpath(path))
     with _folder(directory) as (folder, folder_fd):
+        may_write = True
         try:
             fd = _open(path, name, folder_fd, os.O_RDWR)
         except OSError as exc:
@@ -158,8 +159,6 @@ def claimed(path: str) -> Iterator[DiskFile]:
                 raise
             fd = _open(path, name, folder_fd, os.O_RDONLY)
             may_write = False
-        else:
-            may_write = True
         try:
             if may_write and not lock.wait_exclusive(fd):
                 raise exceptions.ImageInUse(

@@ -105,7 +105,8 @@ class ExtentMap(Sequence[Extent]):
     """The stretches of a file, in order; they become objects as they are asked for.
 
     A fragmented file has millions. As many objects would be looked through by
-    Python's garbage collector, which stops all threads for that.
+    Python's garbage collector, which stops all threads for that. By starts and ends,
+    their offsets in bytes, nobody need make objects of all.
     """
 
     def __init__(self) -> None:

@@ -80,7 +80,10 @@ def refill(
         end = max(length, _end(file, length)) if format == "qcow2" else length
         beyond = end - fallocate.held(extents, end) - missing
         if (missing or beyond) and not _is_to_have_it(strategy, file, key, missing, length):
-            return 0
+            if missing:
+                return 0
+            # Nor can it be held in the next round.
+            beyond = 0
         if missing:
             _fill(strategy, file, extents, length, missing, filler)
             LOG.info("%s: what its guest had given back, %s, is set aside again", file.path, sizes.exact(missing))
@@ -146,7 +149,12 @@ def _hold_beyond(
     if beyond > filesystem.room(file.fd, strategy.keep_free):
         LOG.debug("%s: no room for %s past its end", file.path, sizes.exact(beyond))
         return False
-    _reserve(file, extents, length, end, filler)
+    try:
+        _reserve(file, extents, length, end, filler)
+    except exceptions.NoSpace as exc:
+        # Others were first, or a quota has less.
+        LOG.debug("%s", exc)
+        return False
     LOG.debug("%s: %s are held past its end", file.path, sizes.exact(beyond))
     return True
 

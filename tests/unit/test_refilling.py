@@ -186,3 +186,33 @@ def test_holes_are_filled_by_who_may_write(disk: str, played: Played, is_ours: b
         refilling.refill(Preallocator(), disk, filler)
 
     filling_by.assert_called_once_with(None if is_ours else filler)
+
+
+@pytest.fixture
+def grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each disk be one that may ask for 8 MiB past its end."""
+    monkeypatch.setattr(refilling, "_end", lambda file, length: length + 8 * units.Mi)
+
+
+@pytest.mark.usefixtures("grows")
+def test_space_past_the_end_that_cannot_be_held_is_no_reason_to_look_again(disk: str, played: Played) -> None:
+    played.holds_space = False
+
+    first = refilling.refill(Preallocator(), disk, format="qcow2")
+    looks_then = played.looks
+    second = refilling.refill(Preallocator(), disk, format="qcow2")
+
+    assert (first, second, played.filled, played.looks) == (0, 0, [], looks_then)
+
+
+@pytest.mark.usefixtures("grows")
+def test_space_past_the_end_that_others_take_first_is_no_fault_and_is_asked_for_again(
+    disk: str, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallocate, "reserve", mock.Mock(side_effect=NoSpace(disk, "none is left", "Make room.")))
+
+    first = refilling.refill(Preallocator(), disk, format="qcow2")
+    looks_then = played.looks
+    second = refilling.refill(Preallocator(), disk, format="qcow2")
+
+    assert (first, second, played.looks) == (0, 0, 2 * looks_then)
