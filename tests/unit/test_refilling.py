@@ -207,12 +207,13 @@ def test_space_past_the_end_that_cannot_be_held_is_no_reason_to_look_again(disk:
 
 @pytest.mark.usefixtures("grows")
 def test_space_past_the_end_that_others_take_first_is_no_fault_and_is_asked_for_again(
-    disk: str, played: Played, monkeypatch: pytest.MonkeyPatch
+    disk: str, played: Played
 ) -> None:
-    monkeypatch.setattr(fallocate, "reserve", mock.Mock(side_effect=NoSpace(disk, "none is left", "Make room.")))
+    none_left = NoSpace(disk, "none is left", "Make room.")
 
-    first = refilling.refill(Preallocator(), disk, format="qcow2")
-    looks_then = played.looks
-    second = refilling.refill(Preallocator(), disk, format="qcow2")
+    with fixtures.MockPatchObject(fallocate, "reserve", side_effect=none_left):
+        first = refilling.refill(Preallocator(), disk, format="qcow2")
+        looks_then = played.looks
+        second = refilling.refill(Preallocator(), disk, format="qcow2")
 
     assert (first, second, played.looks) == (0, 0, 2 * looks_then)
